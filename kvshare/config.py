@@ -1,0 +1,200 @@
+"""Settings: one frozen dataclass, read once, validated once, never rewritten.
+
+Sources, later wins: defaults, environment (``KVSHARE_ARENA_BYTES=8GiB``), a mapping (vLLM's ``kv_connector_extra_config``,
+keyword arguments of the Python API, options of the command line). An unknown or unusable setting is a `ConfigError` whose
+one sentence names the setting, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvshare.errors import ConfigError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+PREFIX = "KVSHARE_"
+# Set by the launcher, not settings: read by other modules under these names.
+RESERVED = frozenset({"KVSHARE_LOG_LEVEL"})
+_UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "kb": 1000, "m": MIB, "mib": MIB, "mb": 10**6, "g": GIB, "gib": GIB, "gb": 10**9}
+
+
+def _default_runtime_dir() -> str:
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    return str(Path(base) / f"kvshare-{os.getuid()}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings, in the groups of the people who would change them."""
+
+    # Who we are. Engines and their node agree on these three; they name the socket and the arena's files.
+    cluster: str = "default"
+    node_name: str = "node"
+    runtime_dir: str = dataclasses.field(default_factory=_default_runtime_dir)
+
+    # Memory. Whoever sizes the host changes these.
+    shm_dir: str = "/dev/shm"
+    arena_bytes: int = 4 * GIB  # ceiling of the host arena; it grows to it chunk by chunk
+    arena_chunk_bytes: int = 64 * MIB  # the step by which it grows
+    index_keys_max: int = 8_000_000  # keys that a directory holds before it refuses new ones
+
+    # Network. Whoever runs more than one host changes these.
+    secret: str = ""  # shared by the cluster; without it nothing listens on TCP
+    bind: str = "127.0.0.1"  # address that peers reach this host by
+    port: int = 0  # control port; 0 takes a free one
+    directory: str = ""  # "host:port" of the directory; empty: this host is alone
+    transports: tuple[str, ...] = ("shm", "tcp")  # in order of preference
+    tcp_streams: int = 2  # data connections to one peer
+    message_bytes_max: int = 64 * MIB
+
+    # Patience. Whoever prefers waiting to recomputing, or the reverse, changes these.
+    lookup_seconds: float = 0.1  # a request's question to node and directory; then it is a miss
+    transfer_seconds: float = 2.0  # a transfer without progress is given up after this
+    attach_seconds: float = 10.0  # an engine waits this long for its node at start, then runs without
+    publish_seconds: float = 0.02  # changes are collected this long before the directory hears of them
+    heartbeat_seconds: float = 5.0  # a node unheard of for three of these is forgotten
+    quarantine_seconds: float = 10.0  # a slot whose writer may still be writing rests this long
+
+    # Warm join. Whoever scales the fleet changes these.
+    warm_bytes: int = 2 * GIB
+    warm_seconds: float = 30.0
+    hot_half_life_seconds: float = 600.0
+
+    # Engines.
+    autostart: bool = True  # start a node when the host has none
+    idle_exit_seconds: float = 3600.0  # an autostarted node without engines ends after this; 0: never
+    save_bytes_max: int = 512 * MIB  # blocks waiting to be saved; beyond it saves are skipped, never waited for
+    load_bytes_max: int = 512 * MIB  # bytes being loaded at once; beyond it requests compute instead
+
+    @classmethod
+    def load(cls, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read defaults, environment and ``overrides``.
+
+        Raises:
+            ConfigError: unknown setting, or a value that cannot be used.
+        """
+        environ = os.environ if environ is None else environ
+        given: dict[str, tuple[str, Any]] = {}
+        for variable, value in environ.items():
+            if variable.startswith(PREFIX) and variable not in RESERVED:
+                given[variable.removeprefix(PREFIX).lower()] = (variable, value)
+        for name, value in (overrides or {}).items():
+            given[name] = (name, value)
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for name, (spelled, value) in given.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(known))}."
+                raise ConfigError(f"unknown setting {spelled!r} (value {value!r}): {hint}")
+            values[name] = _parse(spelled, str(known[name].type), value)
+        settings = cls(**values)
+        settings._validate()
+        return settings
+
+    @property
+    def socket_path(self) -> str:
+        """The well-known Unix socket of this host's node."""
+        return str(Path(self.runtime_dir) / self.cluster / f"{self.node_name}.sock")
+
+    @property
+    def arena_stem(self) -> str:
+        """Arena files are ``{stem}-{slot bytes}.data`` and ``.table``."""
+        return str(Path(self.shm_dir) / f"kvshare-{os.getuid()}-{self.cluster}-{self.node_name}")
+
+    def _validate(self) -> None:
+        for name in ("cluster", "node_name"):
+            value = getattr(self, name)
+            _require(
+                re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value) is not None,
+                name,
+                value,
+                "use 1 to 64 letters, digits, '_', '.', '-'",
+            )
+        minimum = {
+            "arena_bytes": MIB,
+            "arena_chunk_bytes": MIB,
+            "index_keys_max": 1,
+            "tcp_streams": 1,
+            "message_bytes_max": 64 * KIB,
+            "save_bytes_max": 0,
+            "load_bytes_max": 0,
+            "warm_bytes": 0,
+        }
+        for name, least in minimum.items():
+            _require(getattr(self, name) >= least, name, getattr(self, name), f"use {least} or more")
+        _require(
+            self.arena_chunk_bytes <= self.arena_bytes, "arena_chunk_bytes", self.arena_chunk_bytes, "use at most arena_bytes"
+        )
+        _require(self.tcp_streams <= 64, "tcp_streams", self.tcp_streams, "use 1 to 64")
+        _require(0 <= self.port < 65536, "port", self.port, "use 0 to 65535")
+        for field in dataclasses.fields(self):
+            if field.name.endswith("_seconds"):
+                value = getattr(self, field.name)
+                positive = value > 0 or (value == 0 and field.name in ("warm_seconds", "idle_exit_seconds", "publish_seconds"))
+                _require(positive and value < 1e9, field.name, value, "use a positive number of seconds")
+        for transport in self.transports:
+            _require(transport in ("shm", "tcp"), "transports", transport, "use 'shm', 'tcp' or both")
+        _require(bool(self.transports), "transports", self.transports, "name at least one of 'shm', 'tcp'")
+        if self.directory:
+            _require(re.fullmatch(r"\S+:\d{1,5}", self.directory) is not None, "directory", self.directory, "use 'host:port'")
+            _require(
+                len(self.secret) >= 16,
+                "secret",
+                "*" * len(self.secret),
+                "a cluster needs a secret of 16 characters or more, the same on every host",
+            )
+        _require(
+            len(self.socket_path.encode()) < 104,
+            "runtime_dir",
+            self.runtime_dir,
+            "choose a shorter path: a socket's name holds 103 bytes",
+        )
+
+
+def parse_bytes(text: str) -> int:
+    """``"64MiB"`` to 67108864. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(text)
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _parse(name: str, kind: str, value: Any) -> Any:
+    try:
+        if kind == "str":
+            if isinstance(value, str):
+                return value
+        elif kind == "bool":
+            if isinstance(value, bool):
+                return value
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[str(value).lower()]
+        elif kind == "int":
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            return parse_bytes(str(value))
+        elif kind == "float":
+            if not isinstance(value, bool):
+                return float(value)
+        elif kind == "tuple[str, ...]":
+            parts = value.split(",") if isinstance(value, str) else list(value)
+            return tuple(str(part).strip() for part in parts if str(part).strip())
+    except (ValueError, TypeError, KeyError):
+        pass
+    example = {"int": "a whole number, or bytes as '512MiB'", "float": "a number of seconds", "bool": "true or false"}.get(
+        kind, "text"
+    )
+    raise ConfigError(f"setting {name!r} cannot be {value!r}: use {example}.")
+
+
+def _require(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"setting {name!r} cannot be {value!r}: {remedy}.")

@@ -1,0 +1,52 @@
+"""Every error that kvshare raises on purpose.
+
+    KVShareError
+    ├── ConfigError        a setting is wrong; the message names setting, value and remedy
+    ├── NamespaceError     this engine's blocks cannot be shared; the message says why and what to change
+    ├── ProtocolError      a peer spoke something else than our protocol (version, frame size, bad message)
+    │   └── AuthenticationError   the peer does not know the cluster's secret
+    ├── RegionError        a region's files are missing, damaged or of another version
+    │   └── RegionFull     no slot can be had, even by eviction
+    ├── TransportError     bytes could not be moved
+    └── Unavailable        the node or the directory cannot be reached in the time allowed
+
+None of these reaches an engine: the integrations turn each one into a miss.
+"""
+
+from __future__ import annotations
+
+
+class KVShareError(Exception):
+    """Base of all errors that kvshare raises on purpose."""
+
+
+class ConfigError(KVShareError):
+    """A setting is wrong. One sentence: the setting, its value and the remedy."""
+
+
+class NamespaceError(KVShareError):
+    """This engine's blocks cannot be shared with others. Says why and what to change."""
+
+
+class ProtocolError(KVShareError):
+    """The other side spoke something else than our protocol."""
+
+
+class AuthenticationError(ProtocolError):
+    """The other side does not know the cluster's secret."""
+
+
+class RegionError(KVShareError):
+    """A region's files are missing, damaged or of another version."""
+
+
+class RegionFull(RegionError):
+    """No slot can be had, even by eviction."""
+
+
+class TransportError(KVShareError):
+    """Bytes could not be moved."""
+
+
+class Unavailable(KVShareError):
+    """The node or the directory cannot be reached in the time allowed."""

@@ -1,0 +1,374 @@
+"""The control plane's messages: typed, small, MessagePack, decoded by one decoder per channel.
+
+Three channels, each a tagged union:
+
+* `ToNode`      session -> node (Unix socket within a host)
+* `ToSession`   node -> session
+* `ToDirectory` node -> directory (authenticated TCP)
+* `FromDirectory` directory -> node
+
+A message that asks carries ``ask`` (a number chosen by the asker, unique on its connection); its answer carries the same.
+Messages hold keys, slots and numbers; never block bytes, never anything that is unpickled.
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+import msgspec
+
+from kvshare.keys import Namespace
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, tag=True, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class Location(msgspec.Struct, frozen=True, array_like=True):
+    """Where a block was when we last heard: a slot of a region of a node, and its generation."""
+
+    node: str
+    region: int
+    slot: int
+    generation: int
+    length: int  # bytes
+
+
+class Stored(msgspec.Struct, frozen=True, array_like=True):
+    """A block that its node holds: `Location` without the node, which the message around it names."""
+
+    key: bytes
+    region: int
+    slot: int
+    generation: int
+    length: int
+
+
+class RegionDescription(msgspec.Struct, frozen=True, array_like=True):
+    """What a peer must know to read a region. ``data_path`` and ``table_path`` serve readers on the same host
+    (equal ``host_id``); ``endpoint`` ("host:port") serves the others and is empty when the owner listens on nothing."""
+
+    node: str
+    region: int  # equals slot_bytes: a node has one region per slot size
+    slot_bytes: int
+    slots: int
+    host_id: str
+    data_path: str
+    table_path: str
+    endpoint: str
+
+
+class NodeDescription(msgspec.Struct, frozen=True, array_like=True):
+    """A node as the cluster knows it. ``epoch`` changes at every start."""
+
+    node: str
+    epoch: int
+    host_id: str
+    endpoint: str  # of its data server; empty: cannot be reached from other hosts
+    regions: tuple[RegionDescription, ...]
+
+
+class WarmItem(msgspec.Struct, frozen=True, array_like=True):
+    """One block of a warm plan: read ``location``, keep it under ``key``."""
+
+    key: bytes
+    location: Location
+
+
+# --- session -> node ------------------------------------------------------------------------------------------------
+
+
+class Attach(Message):
+    """First message of a session. ``family`` subscribes to the node's blocks of that family (`Indexed`, `Dropped`).
+    ``block_bytes`` is the length of the engine's blocks: the node makes a region of that slot size.
+    ``warm``: this engine wants the warm plan (its scheduler half says so, its workers do not)."""
+
+    ask: int
+    version: int
+    engine: str
+    namespace: Namespace
+    block_bytes: int
+    subscribe: bool
+    warm: bool
+
+
+class Locate(Message):
+    """Where are these keys? Answered by `Located` in the same order."""
+
+    ask: int
+    keys: list[bytes]
+
+
+class Reserve(Message):
+    """Give me slots to write these blocks into. Answered by `Reserved`."""
+
+    ask: int
+    region: int
+    keys: list[bytes]
+    length: int  # bytes of every block
+
+
+class Commit(Message):
+    """These reserved slots are written; generations are those of `Reserved` (odd). Answered by `Done`."""
+
+    ask: int
+    region: int
+    slots: list[int]
+    generations: list[int]
+    checksums: list[int]
+
+
+class Abort(Message):
+    """These reserved slots will not be written. Not answered."""
+
+    region: int
+    slots: list[int]
+    generations: list[int]
+
+
+class Quarantine(Message):
+    """These blocks failed verification where they lie: take them out. Not answered."""
+
+    region: int
+    slots: list[int]
+    generations: list[int]
+
+
+class Looked(Message):
+    """An engine looked these up (a chain, in order; ``hits`` of them were there). Feeds eviction and hotness."""
+
+    keys: list[bytes]
+    hits: int
+
+
+class AskWarm(Message):
+    """Is the warm plan of ``family`` done? Answered by `Warm`, at once or when it is done or ``wait_seconds`` are over.
+    An empty family means all that this node has ever been asked to warm."""
+
+    ask: int
+    family: bytes
+    wait_seconds: float
+
+
+class AskStatus(Message):
+    """Answered by `NodeStatus`."""
+
+    ask: int
+
+
+class Stop(Message):
+    """End the node in good order."""
+
+    ask: int
+
+
+ToNode = Union[Attach, Locate, Reserve, Commit, Abort, Quarantine, Looked, AskWarm, AskStatus, Stop]
+
+
+# --- node -> session ------------------------------------------------------------------------------------------------
+
+
+class Attached(Message):
+    """``notices``: one line for each thing that the engine's log should say once, e.g. a namespace that differs."""
+
+    ask: int
+    node: NodeDescription
+    region: RegionDescription
+    notices: list[str]
+
+
+class Located(Message):
+    """One entry per key: none where unknown. ``peers`` describes every region that the locations name."""
+
+    ask: int
+    locations: list[Location | None]
+    peers: list[RegionDescription]
+
+
+class Reserved(Message):
+    """Slot -1: nothing to write, the block is there, is being written, or there is no room."""
+
+    ask: int
+    slots: list[int]
+    generations: list[int]
+
+
+class Done(Message):
+    """``count``: how many were accepted."""
+
+    ask: int
+    count: int
+
+
+class Refused(Message):
+    """The question cannot be answered; ``reason`` is for people and names the remedy."""
+
+    ask: int
+    reason: str
+
+
+class Warm(Message):
+    """State of the warm plan: ``done`` with what it wanted, found already here, pulled (blocks, bytes, from whom)."""
+
+    ask: int
+    done: bool
+    wanted: int
+    present: int
+    pulled: int
+    bytes_pulled: int
+    seconds: float
+    donors: dict[str, int]  # node -> blocks pulled from it
+
+
+class NodeStatus(Message):
+    ask: int
+    node: NodeDescription
+    directory: str  # endpoint it is connected to, or empty
+    sessions: int
+    counters: dict[str, int]
+
+
+class Indexed(Message):
+    """Pushed: this node holds these blocks now (of the family subscribed to)."""
+
+    stored: list[Stored]
+
+
+class Dropped(Message):
+    """Pushed: this node no longer holds these."""
+
+    keys: list[bytes]
+
+
+class PeerLost(Message):
+    """Pushed: forget all locations of this node."""
+
+    node: str
+
+
+ToSession = Union[Attached, Located, Reserved, Done, Refused, Warm, NodeStatus, Indexed, Dropped, PeerLost]
+
+
+# --- node -> directory ----------------------------------------------------------------------------------------------
+
+
+class Join(Message):
+    """First message of a node; again whenever its description changes (a new region)."""
+
+    version: int
+    node: NodeDescription
+
+
+class Publish(Message):
+    """What changed since sequence - 1. ``full``: forget what you had of me, this is all (sequence starts anew at it);
+    a long inventory comes as one full message and ordinary ones behind it."""
+
+    node: str
+    epoch: int
+    sequence: int
+    full: bool
+    stored: list[Stored]
+    removed: list[bytes]
+
+
+class Find(Message):
+    """Answered by `Found`."""
+
+    ask: int
+    keys: list[bytes]
+
+
+class Report(Message):
+    """Chains that engines looked up: ``keys`` in order of the chain, ``weight`` lookups (decayed counts add up)."""
+
+    chains: list[list[bytes]]
+
+
+class Declare(Message):
+    """An engine of this namespace attached here. Answered by `Declared`."""
+
+    ask: int
+    namespace: Namespace
+
+
+class AskPlan(Message):
+    """What should this node pull to be warm for ``family``? Answered by `Plan`."""
+
+    ask: int
+    family: bytes
+    bytes_max: int
+    seconds_max: float
+
+
+class Beat(Message):
+    """I am alive."""
+
+
+class AskDirectory(Message):
+    """Answered by `DirectoryStatus`."""
+
+    ask: int
+
+
+ToDirectory = Union[Join, Publish, Find, Report, Declare, AskPlan, Beat, AskDirectory]
+
+
+# --- directory -> node ----------------------------------------------------------------------------------------------
+
+
+class Welcome(Message):
+    """Answer to the first `Join`: who is here. The node then publishes everything."""
+
+    epoch: int  # of the directory
+    nodes: list[NodeDescription]
+
+
+class NodeJoined(Message):
+    """A node joined, restarted (new epoch) or changed its description."""
+
+    node: NodeDescription
+
+
+class NodeLost(Message):
+    """Forget this node."""
+
+    node: str
+
+
+class Resync(Message):
+    """Your sequence has a gap: publish everything."""
+
+
+class Found(Message):
+    """Locations of each key, best first; empty where unknown."""
+
+    ask: int
+    locations: list[list[Location]]
+
+
+class Declared(Message):
+    """Namespaces of other engines in the cluster that are not this one (at most a few, the nearest first)."""
+
+    ask: int
+    others: list[Namespace]
+
+
+class Plan(Message):
+    """Blocks to pull, hottest first; ``present`` more hot blocks are on the asking node already."""
+
+    ask: int
+    items: list[WarmItem]
+    present: int
+
+
+class DirectoryStatus(Message):
+    ask: int
+    epoch: int
+    nodes: list[NodeDescription]
+    keys: int
+    counters: dict[str, int]
+
+
+FromDirectory = Union[Welcome, NodeJoined, NodeLost, Resync, Found, Declared, Plan, DirectoryStatus]
