@@ -192,6 +192,7 @@ class Transport(ABC):
     def read(self, description: RegionDescription, request: ReadRequest) -> Transfer:
         """Start a validated read. Never raises for what the peer does."""
 
+    @abstractmethod
     def forget(self, node: str) -> None:
         """A node is gone: drop what is kept for it (connections, mappings)."""
 
