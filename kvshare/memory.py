@@ -1,0 +1,172 @@
+"""A node's memory: its regions (one per slot size), their stores, their growth, and what it knows of peers' regions.
+
+    engine's block length ─> slot size (whole pages) ─> Arena (files in shm) + Store (index, eviction, reservations)
+
+Regions grow chunk by chunk, in a thread, ahead of need, until all together hold ``arena_bytes``.
+
+Threads: everything on the node's loop, except opening and growing an arena (system calls that take long), done in the
+loop's thread pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from kvshare.config import Settings
+from kvshare.errors import RegionError
+from kvshare.messages import NodeDescription, RegionDescription, Stored
+from kvshare.slots import Arena
+from kvshare.store import Store
+from kvshare.transport.choose import Transports
+
+log = logging.getLogger("kvshare")
+
+PAGE_BYTES = 4096
+
+Changed = Callable[[list[Stored], list[bytes]], None]
+
+
+class Memory:
+    """See the module's docstring. ``on_changed(stored, removed)`` hears of every change of the index, ``on_region()`` of a
+    new region, before blocks in it are told of."""
+
+    def __init__(
+        self, settings: Settings, transports: Transports, host: str, on_changed: Changed, on_region: Callable[[], None]
+    ) -> None:
+        self.settings = settings
+        self._transports = transports
+        self._host = host
+        self._on_changed = on_changed
+        self._on_region = on_region
+        self.arenas: dict[int, Arena] = {}
+        self.stores: dict[int, Store] = {}
+        self._opening = asyncio.Lock()
+        self._growing: set[int] = set()
+        self._exhausted: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._expiry: asyncio.TimerHandle | None = None
+        self.peers: dict[str, NodeDescription] = {}
+
+    async def recover(self) -> None:
+        """Open what a former node of this name left behind."""
+        stem = Path(self.settings.arena_stem)
+        for path in sorted(stem.parent.glob(f"{stem.name}-*.table")):
+            size = path.name.removeprefix(f"{stem.name}-").removesuffix(".table")
+            if size.isdigit():
+                try:
+                    await self.region_for(int(size))
+                except RegionError as error:
+                    log.warning("kvshare: left %s alone: %s", path, error)
+
+    async def region_for(self, length: int) -> tuple[Arena, Store]:
+        """The region for blocks of ``length`` bytes, made if need be. Raises RegionError."""
+        slot_bytes = -(-length // PAGE_BYTES) * PAGE_BYTES
+        async with self._opening:
+            if slot_bytes not in self.arenas:
+                arena = await asyncio.to_thread(self._open, slot_bytes)
+                store = Store(arena, self.settings)
+                self.arenas[slot_bytes], self.stores[slot_bytes] = arena, store
+                recovered = store.adopt(arena.recovered)
+                if recovered:
+                    log.info("kvshare: recovered %d blocks of %d bytes", len(recovered), slot_bytes)
+                self._transports.register(arena)
+                self._on_region()
+                self.flush(slot_bytes, recovered)
+        return self.arenas[slot_bytes], self.stores[slot_bytes]
+
+    def describe(self, node: str, endpoint: str) -> tuple[RegionDescription, ...]:
+        return tuple(arena.describe(node, self._host, endpoint) for arena in self.arenas.values())
+
+    def inventory(self) -> Iterator[Stored]:
+        for store in self.stores.values():
+            yield from store.inventory()
+
+    def flush(self, region: int, stored: Iterable[Stored] = ()) -> None:
+        """Tell what changed in ``region``, removals first; grow it and watch its quarantine as needed."""
+        store = self.stores[region]
+        came, removed = list(stored), store.take_removed()
+        if came or removed:
+            self._on_changed(came, removed)
+        self._watch(region)
+
+    def peer(self, node: str, region: int) -> RegionDescription | None:
+        """What we know of a peer's region."""
+        description = self.peers.get(node)
+        if description is None:
+            return None
+        return next((candidate for candidate in description.regions if candidate.region == region), None)
+
+    def release(self, owner: int) -> None:
+        """A session died: its reservations rest, then are free again."""
+        for region, store in self.stores.items():
+            store.release(owner, time.monotonic())
+            self._watch(region)
+
+    def check(self) -> list[str]:
+        """Problems found in any structure; empty when all is well."""
+        problems = []
+        for region, store in self.stores.items():
+            problems += [f"region {region}: {problem}" for problem in [*self.arenas[region].check(), *store.check()]]
+        return problems
+
+    def close(self, unlink: bool) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+        for task in self._tasks:
+            task.cancel()
+        for arena in self.arenas.values():
+            self._transports.deregister(arena)
+            arena.close(unlink=unlink)
+
+    def _open(self, slot_bytes: int) -> Arena:
+        settings = self.settings
+        capacity = max(settings.arena_bytes, slot_bytes)
+        arena = Arena.open(settings.arena_stem, slot_bytes, capacity, settings.arena_chunk_bytes)
+        if not arena.available_slots and self._room(arena):
+            arena.grow()
+        return arena
+
+    def _room(self, arena: Arena) -> bool:
+        held = sum(one.available_slots * one.slot_bytes for one in self.arenas.values())
+        # A region without any slot gets its first chunk in any case: an engine of a second model must not go without.
+        return not arena.available_slots or held + self.settings.arena_chunk_bytes <= self.settings.arena_bytes
+
+    def _watch(self, region: int) -> None:
+        store = self.stores[region]
+        if store.needs_growth and region not in self._growing and region not in self._exhausted:
+            if self._room(self.arenas[region]):
+                self._growing.add(region)
+                self._spawn(self._grow(region))
+            else:
+                self._exhausted.add(region)
+        expiry = store.next_expiry()
+        if expiry is not None and self._expiry is None:
+            delay = max(0.01, expiry - time.monotonic())
+            self._expiry = asyncio.get_running_loop().call_later(delay, self._expire)
+
+    async def _grow(self, region: int) -> None:
+        arena, store = self.arenas[region], self.stores[region]
+        try:
+            grown = await asyncio.to_thread(arena.grow)
+        finally:
+            self._growing.discard(region)
+        if grown:
+            store.extend()
+            self._watch(region)
+        else:
+            self._exhausted.add(region)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        for region, store in self.stores.items():
+            store.expire(time.monotonic())
+            self._watch(region)
+
+    def _spawn(self, work: object) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

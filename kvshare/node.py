@@ -1,0 +1,270 @@
+"""The per-host part: owns the host arena, serves the sessions of this host, pulls for them, speaks to the directory.
+
+    engines ──Unix socket──> sessions ─> Memory (regions, stores) <──data server── peers (validated reads, no locks)
+                                │                     │ changes
+                                └─> Warmer            └─> DirectoryLink ──TCP──> directory
+
+A node runs one asyncio loop in one thread; so it works as a plain process and inside a Ray actor alike. It blocks on
+nothing: system calls that take long run in the loop's pool, bytes move in the transports' threads. Idle, it sleeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from kvshare import keys
+from kvshare.config import Settings
+from kvshare.errors import ConfigError, KVShareError
+from kvshare.link import DirectoryLink
+from kvshare.memory import Memory
+from kvshare.messages import NodeDescription, NodeStatus, PeerLost, Stored
+from kvshare.node_session import NodeSession
+from kvshare.transport.choose import Transports, host_id
+from kvshare.warm import Warmer
+
+log = logging.getLogger("kvshare")
+
+START_SECONDS = 120.0  # recovery of a large arena reads all of it
+STOP_SECONDS = 10.0
+
+
+class Node:
+    """See the module's docstring.
+
+    settings: see `Settings`; resolve_directory: called in a thread at every (re)connect, returns "host:port" or "" when
+    there is none yet (default: ``settings.directory``); idle_exit: end after ``idle_exit_seconds`` without sessions.
+    """
+
+    def __init__(
+        self, settings: Settings, resolve_directory: Callable[[], str] | None = None, *, idle_exit: bool = False
+    ) -> None:
+        self.settings = settings
+        self._resolve = resolve_directory or (lambda: settings.directory)
+        self._clustered = resolve_directory is not None or bool(settings.directory)
+        self._idle_exit = idle_exit and settings.idle_exit_seconds > 0
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self.host = host_id()
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._ended = threading.Event()
+        self._failure: BaseException | None = None
+        self._unlink = True
+        self._stopping: asyncio.Event | None = None
+        self._thread = threading.Thread(target=self._run, name="kvshare-node", daemon=True)
+        self._lock_file: IO[str] | None = None
+        self.sessions: dict[int, NodeSession] = {}
+        self._session_numbers = 0
+        self.namespaces: dict[bytes, keys.Namespace] = {}
+        self.counters = {"sessions": 0, "refused": 0}
+
+    # --- from any thread ----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start and return when the node listens.
+
+        Raises:
+            ConfigError: another node owns this host's socket, or a setting turns out to be unusable here.
+        """
+        self._thread.start()
+        if not self._ready.wait(START_SECONDS):
+            raise ConfigError(f"the node did not start within {START_SECONDS} s")
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
+
+    def stop(self, unlink: bool = True) -> None:
+        """End in good order; idempotent. ``unlink`` removes socket and arena files (memory is given back)."""
+        self._unlink = unlink
+        self._request_stop()
+        self._ended.wait(STOP_SECONDS)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the end, whoever asked for it. True when the node has ended."""
+        return self._ended.wait(timeout)
+
+    def status(self) -> NodeStatus:
+        """As a session would be answered."""
+        return asyncio.run_coroutine_threadsafe(self._status(), self._loop).result(5.0)
+
+    @property
+    def description(self) -> NodeDescription:
+        return asyncio.run_coroutine_threadsafe(self._described(), self._loop).result(5.0)
+
+    def _request_stop(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self.stop_soon)
+        except RuntimeError:
+            pass  # the loop is closed: it has ended
+
+    # --- on the loop --------------------------------------------------------------------------------------------------
+
+    def stop_soon(self) -> None:
+        if self._stopping is not None:
+            self._stopping.set()
+
+    def describe(self) -> NodeDescription:
+        epoch = max((arena.epoch for arena in self.memory.arenas.values()), default=0)
+        endpoint = self.transports.endpoint()
+        regions = self.memory.describe(self.name, endpoint)
+        return NodeDescription(self.name, max(epoch, self._epoch), self.host, endpoint, regions)
+
+    @property
+    def name(self) -> str:
+        return self.settings.node_name
+
+    def status_for(self, ask: int) -> NodeStatus:
+        counters = dict(self.counters)
+        for store in self.memory.stores.values():
+            for name, count in store.counters.items():
+                counters[name] = counters.get(name, 0) + count
+        counters.update({f"directory_{name}": count for name, count in self.link.counters.items()})
+        return NodeStatus(ask, self.describe(), self.link.endpoint, len(self.sessions), counters)
+
+    def check(self) -> list[str]:
+        return self.memory.check()
+
+    async def _status(self) -> NodeStatus:
+        return self.status_for(0)
+
+    def _described_anew(self) -> None:
+        self.link.described()
+
+    async def _described(self) -> NodeDescription:
+        return self.describe()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._main())
+        except BaseException as error:
+            self._failure = error
+            if self._ready.is_set():
+                log.exception("kvshare: the node ended by a failure of its own")
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+            self._ready.set()
+            self._ended.set()
+
+    async def _main(self) -> None:
+        settings = self.settings
+        self._stopping = asyncio.Event()
+        self._take_lock()
+        self.transports = Transports(settings, self.host, serve=self._clustered)
+        self.memory = Memory(settings, self.transports, self.host, self._changed, self._described_anew)
+        self._epoch = int.from_bytes(os.urandom(4), "big")
+        self.link = DirectoryLink(
+            settings, self._resolve, self.describe, self.memory.inventory, self._peer_joined, self._peer_lost
+        )
+        self.warmer = Warmer(self.memory, self.link, self.transports, settings.warm_bytes, settings.warm_seconds)
+        linking: asyncio.Task[None] | None = None
+        server: asyncio.Server | None = None
+        try:
+            await self.memory.recover()
+            path = Path(settings.socket_path)
+            path.unlink(missing_ok=True)
+            server = await asyncio.start_unix_server(self._accepted, str(path))
+            path.chmod(0o600)
+            if self._clustered:
+                linking = self._loop.create_task(self.link.run())
+            self._watch_idle()
+            self._ready.set()
+            await self._stopping.wait()
+        finally:
+            await self._shut_down(server, linking)
+
+    def _take_lock(self) -> None:
+        """One node per socket: a lock that the kernel releases when its holder dies."""
+        path = Path(self.settings.socket_path)
+        lock = path.with_suffix(".lock")
+        try:
+            path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            while self._lock_file is None:
+                file = open(lock, "a+")  # noqa: SIM115 (held for the node's life)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if lock.exists() and os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
+                        self._lock_file = file  # still the file of that name: a node that just ended may have removed it
+                finally:
+                    if self._lock_file is None:
+                        file.close()
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"setting 'node_name' cannot be {self.name!r}: a node of that name runs on this host ({path}); "
+                "stop it with 'kvshare stop' or choose another name."
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"setting 'runtime_dir' cannot be {self.settings.runtime_dir!r}: {error}; choose a folder that we may write to."
+            ) from error
+
+    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._session_numbers += 1
+        session = NodeSession(self, self._session_numbers, reader, writer)
+        self.sessions[session.number] = session
+        self.counters["sessions"] += 1
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        try:
+            await session.serve()
+        except (KVShareError, OSError) as error:
+            log.debug("kvshare: session %d ended: %s", session.number, error)
+        finally:
+            del self.sessions[session.number]
+            self.memory.release(session.number)
+            writer.close()
+            self._watch_idle()
+
+    def _watch_idle(self) -> None:
+        if self._idle_exit and not self.sessions and self._idle_timer is None:
+            self._idle_timer = self._loop.call_later(self.settings.idle_exit_seconds, self.stop_soon)
+
+    def _changed(self, stored: list[Stored], removed: list[bytes]) -> None:
+        """The index changed: sessions hear at once, the directory in batches. Removals first: their slots may be reused."""
+        for session in self.sessions.values():
+            session.push(stored, removed)
+        self.link.changed(stored, removed)
+
+    def _peer_joined(self, node: NodeDescription) -> None:
+        if node.node == self.name:
+            return
+        known = self.memory.peers.get(node.node)
+        if known is not None and known.epoch != node.epoch:
+            self.transports.forget(node.node)
+        self.memory.peers[node.node] = node
+
+    def _peer_lost(self, name: str) -> None:
+        if self.memory.peers.pop(name, None) is not None:
+            log.info("kvshare: node %s is gone", name)
+            self.transports.forget(name)
+            for session in self.sessions.values():
+                session.send(PeerLost(name))
+
+    async def _shut_down(self, server: asyncio.Server | None, linking: asyncio.Task[None] | None) -> None:
+        self.warmer.close()
+        if linking is not None:
+            linking.cancel()
+            await asyncio.gather(linking, return_exceptions=True)
+        if server is not None:
+            server.close()
+        for session in list(self.sessions.values()):
+            session.close()
+        await asyncio.sleep(0)
+        await asyncio.to_thread(self.transports.close)
+        self.memory.close(self._unlink)
+        path = Path(self.settings.socket_path)
+        if self._ready.is_set():
+            path.unlink(missing_ok=True)
+        if self._lock_file is not None:
+            if self._unlink and self._ready.is_set():
+                path.with_suffix(".lock").unlink(missing_ok=True)
+            self._lock_file.close()
