@@ -1,0 +1,84 @@
+"""Bulk bytes without the GIL: the typed face of the C extension.
+
+Ranges are given by plain addresses. Whoever passes an address keeps its memory mapped until the call returns, and for
+`view` as long as the view is used: nothing here can check it, and a wrong address ends the process.
+
+Threads: every function may be called from any thread; those that move bytes release the GIL for the whole call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from kvshare import _native
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+
+
+def copy_ranges(targets: U64, sources: U64, lengths: U64) -> None:
+    """Copy ``lengths[i]`` bytes from ``sources[i]`` to ``targets[i]``, all uint64 [n]. Ranges must not overlap."""
+    _native.copy_ranges(_u64(targets), _u64(sources), _u64(lengths))
+
+
+def send_ranges(fd: int, addresses: U64, lengths: U64, seconds: float) -> int:
+    """Send all ranges through a connected socket; returns bytes sent.
+
+    addresses, lengths: uint64 [n]. seconds: longest time without progress. Works on blocking and other sockets.
+
+    Raises:
+        TimeoutError: no progress for ``seconds``. ConnectionError: the connection is gone.
+    """
+    sent: int = _native.send_ranges(fd, _u64(addresses), _u64(lengths), seconds)
+    return sent
+
+
+def recv_ranges(fd: int, addresses: U64, lengths: U64, seconds: float) -> int:
+    """Fill all ranges from a connected socket; returns bytes received. Arguments and errors as in `send_ranges`."""
+    received: int = _native.recv_ranges(fd, _u64(addresses), _u64(lengths), seconds)
+    return received
+
+
+def load_generations(table_address: int, stride: int, slots: I64, out: U64) -> None:
+    """Load the u64 at ``table_address + stride * slots[i]`` into ``out[i]``, after all that this thread read before.
+
+    slots: int64 [n], checked by the caller to lie in the table; out: uint64 [n], contiguous.
+    """
+    assert slots.dtype == np.int64 and out.dtype == np.uint64
+    _native.load_generations(table_address, stride, np.ascontiguousarray(slots), out)
+
+
+def store_generation(address: int, value: int) -> None:
+    """Store a u64: seen after all that this thread wrote before, and before all that it writes later."""
+    _native.store_generation(address, value)
+
+
+def view(address: int, length: int, writable: bool = False) -> memoryview:
+    """``length`` bytes at ``address`` as a memoryview; it does not keep the memory alive."""
+    made: memoryview = _native.view(address, length, writable)
+    return made
+
+
+def address_of(buffer: Any) -> int:
+    """Address of the first byte of a C-contiguous buffer (array, bytes, mmap, memoryview)."""
+    address: int = _native.address_of(buffer)
+    return address
+
+
+def checksum(addresses: U64, lengths: U64, seed: int) -> int:
+    """xxh3_64 with ``seed`` of the concatenation of the ranges (uint64 [n] each)."""
+    if len(addresses) == 1:
+        return xxhash.xxh3_64_intdigest(view(int(addresses[0]), int(lengths[0])), seed)
+    digest = xxhash.xxh3_64(seed=seed)
+    for address, length in zip(addresses.tolist(), lengths.tolist(), strict=True):
+        digest.update(view(address, length))
+    return digest.intdigest()
+
+
+def _u64(array: U64) -> U64:
+    assert array.dtype == np.uint64
+    return np.ascontiguousarray(array)
