@@ -80,7 +80,7 @@ class WarmItem(msgspec.Struct, frozen=True, array_like=True):
 # --- session -> node ------------------------------------------------------------------------------------------------
 
 
-class Attach(Message):
+class Attach(Message, frozen=True):
     """First message of a session. ``family`` subscribes to the node's blocks of that family (`Indexed`, `Dropped`).
     ``block_bytes`` is the length of the engine's blocks: the node makes a region of that slot size.
     ``warm``: this engine wants the warm plan (its scheduler half says so, its workers do not)."""
@@ -94,14 +94,14 @@ class Attach(Message):
     warm: bool
 
 
-class Locate(Message):
+class Locate(Message, frozen=True):
     """Where are these keys? Answered by `Located` in the same order."""
 
     ask: int
     keys: list[bytes]
 
 
-class Reserve(Message):
+class Reserve(Message, frozen=True):
     """Give me slots to write these blocks into. Answered by `Reserved`."""
 
     ask: int
@@ -110,7 +110,7 @@ class Reserve(Message):
     length: int  # bytes of every block
 
 
-class Commit(Message):
+class Commit(Message, frozen=True):
     """These reserved slots are written; generations are those of `Reserved` (odd). Answered by `Done`."""
 
     ask: int
@@ -120,7 +120,7 @@ class Commit(Message):
     checksums: list[int]
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """These reserved slots will not be written. Not answered."""
 
     region: int
@@ -128,7 +128,7 @@ class Abort(Message):
     generations: list[int]
 
 
-class Quarantine(Message):
+class Quarantine(Message, frozen=True):
     """These blocks failed verification where they lie: take them out. Not answered."""
 
     region: int
@@ -136,14 +136,14 @@ class Quarantine(Message):
     generations: list[int]
 
 
-class Looked(Message):
+class Looked(Message, frozen=True):
     """An engine looked these up (a chain, in order; ``hits`` of them were there). Feeds eviction and hotness."""
 
     keys: list[bytes]
     hits: int
 
 
-class AskWarm(Message):
+class AskWarm(Message, frozen=True):
     """Is the warm plan of ``family`` done? Answered by `Warm`, at once or when it is done or ``wait_seconds`` are over.
     An empty family means all that this node has ever been asked to warm."""
 
@@ -152,13 +152,13 @@ class AskWarm(Message):
     wait_seconds: float
 
 
-class AskStatus(Message):
+class AskStatus(Message, frozen=True):
     """Answered by `NodeStatus`."""
 
     ask: int
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     """End the node in good order."""
 
     ask: int
@@ -170,7 +170,7 @@ ToNode = Union[Attach, Locate, Reserve, Commit, Abort, Quarantine, Looked, AskWa
 # --- node -> session ------------------------------------------------------------------------------------------------
 
 
-class Attached(Message):
+class Attached(Message, frozen=True):
     """``notices``: one line for each thing that the engine's log should say once, e.g. a namespace that differs."""
 
     ask: int
@@ -179,7 +179,7 @@ class Attached(Message):
     notices: list[str]
 
 
-class Located(Message):
+class Located(Message, frozen=True):
     """One entry per key: none where unknown. ``peers`` describes every region that the locations name."""
 
     ask: int
@@ -187,7 +187,7 @@ class Located(Message):
     peers: list[RegionDescription]
 
 
-class Reserved(Message):
+class Reserved(Message, frozen=True):
     """Slot -1: nothing to write, the block is there, is being written, or there is no room."""
 
     ask: int
@@ -195,21 +195,21 @@ class Reserved(Message):
     generations: list[int]
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """``count``: how many were accepted."""
 
     ask: int
     count: int
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The question cannot be answered; ``reason`` is for people and names the remedy."""
 
     ask: int
     reason: str
 
 
-class Warm(Message):
+class Warm(Message, frozen=True):
     """State of the warm plan: ``done`` with what it wanted, found already here, pulled (blocks, bytes, from whom)."""
 
     ask: int
@@ -222,7 +222,7 @@ class Warm(Message):
     donors: dict[str, int]  # node -> blocks pulled from it
 
 
-class NodeStatus(Message):
+class NodeStatus(Message, frozen=True):
     ask: int
     node: NodeDescription
     directory: str  # endpoint it is connected to, or empty
@@ -230,19 +230,19 @@ class NodeStatus(Message):
     counters: dict[str, int]
 
 
-class Indexed(Message):
+class Indexed(Message, frozen=True):
     """Pushed: this node holds these blocks now (of the family subscribed to)."""
 
     stored: list[Stored]
 
 
-class Dropped(Message):
+class Dropped(Message, frozen=True):
     """Pushed: this node no longer holds these."""
 
     keys: list[bytes]
 
 
-class PeerLost(Message):
+class PeerLost(Message, frozen=True):
     """Pushed: forget all locations of this node."""
 
     node: str
@@ -254,14 +254,14 @@ ToSession = Union[Attached, Located, Reserved, Done, Refused, Warm, NodeStatus, 
 # --- node -> directory ----------------------------------------------------------------------------------------------
 
 
-class Join(Message):
+class Join(Message, frozen=True):
     """First message of a node; again whenever its description changes (a new region)."""
 
     version: int
     node: NodeDescription
 
 
-class Publish(Message):
+class Publish(Message, frozen=True):
     """What changed since sequence - 1. ``full``: forget what you had of me, this is all (sequence starts anew at it);
     a long inventory comes as one full message and ordinary ones behind it."""
 
@@ -273,27 +273,27 @@ class Publish(Message):
     removed: list[bytes]
 
 
-class Find(Message):
+class Find(Message, frozen=True):
     """Answered by `Found`."""
 
     ask: int
     keys: list[bytes]
 
 
-class Report(Message):
+class Report(Message, frozen=True):
     """Chains that engines looked up: ``keys`` in order of the chain, ``weight`` lookups (decayed counts add up)."""
 
     chains: list[list[bytes]]
 
 
-class Declare(Message):
+class Declare(Message, frozen=True):
     """An engine of this namespace attached here. Answered by `Declared`."""
 
     ask: int
     namespace: Namespace
 
 
-class AskPlan(Message):
+class AskPlan(Message, frozen=True):
     """What should this node pull to be warm for ``family``? Answered by `Plan`."""
 
     ask: int
@@ -302,11 +302,11 @@ class AskPlan(Message):
     seconds_max: float
 
 
-class Beat(Message):
+class Beat(Message, frozen=True):
     """I am alive."""
 
 
-class AskDirectory(Message):
+class AskDirectory(Message, frozen=True):
     """Answered by `DirectoryStatus`."""
 
     ask: int
@@ -318,44 +318,44 @@ ToDirectory = Union[Join, Publish, Find, Report, Declare, AskPlan, Beat, AskDire
 # --- directory -> node ----------------------------------------------------------------------------------------------
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """Answer to the first `Join`: who is here. The node then publishes everything."""
 
     epoch: int  # of the directory
     nodes: list[NodeDescription]
 
 
-class NodeJoined(Message):
+class NodeJoined(Message, frozen=True):
     """A node joined, restarted (new epoch) or changed its description."""
 
     node: NodeDescription
 
 
-class NodeLost(Message):
+class NodeLost(Message, frozen=True):
     """Forget this node."""
 
     node: str
 
 
-class Resync(Message):
+class Resync(Message, frozen=True):
     """Your sequence has a gap: publish everything."""
 
 
-class Found(Message):
+class Found(Message, frozen=True):
     """Locations of each key, best first; empty where unknown."""
 
     ask: int
     locations: list[list[Location]]
 
 
-class Declared(Message):
+class Declared(Message, frozen=True):
     """Namespaces of other engines in the cluster that are not this one (at most a few, the nearest first)."""
 
     ask: int
     others: list[Namespace]
 
 
-class Plan(Message):
+class Plan(Message, frozen=True):
     """Blocks to pull, hottest first; ``present`` more hot blocks are on the asking node already."""
 
     ask: int
@@ -363,7 +363,7 @@ class Plan(Message):
     present: int
 
 
-class DirectoryStatus(Message):
+class DirectoryStatus(Message, frozen=True):
     ask: int
     epoch: int
     nodes: list[NodeDescription]

@@ -217,30 +217,32 @@ class Mover:
             job.cancel()
 
     def _save(self, job: SaveJob) -> None:
-        length = job.sources.block_bytes
-        step = max(1, min(SAVE_BATCH_BLOCKS, SAVE_BATCH_BYTES // length))
+        step = max(1, min(SAVE_BATCH_BLOCKS, SAVE_BATCH_BYTES // job.sources.block_bytes))
         for start in range(0, len(job.keys), step):
             region = self._session.region
             if job.cancelled or region is None or self._closing:
                 return
-            batch = job.keys[start : start + step]
-            # Another region than the one reserved in can't slip in: its slots would be refused by generation.
-            number = self._session.block_region
-            answer = self._session.call(lambda ask, batch=batch: Reserve(ask, number, batch, length), NODE_SECONDS)  # type: ignore[misc]
-            if not isinstance(answer, Reserved):
-                raise Unavailable(str(answer))
-            slots = np.array(answer.slots, np.int64)
-            chosen = np.flatnonzero(slots >= 0)
-            if not len(chosen):
-                continue
-            slots, generations = slots[chosen], [answer.generations[i] for i in chosen.tolist()]
-            addresses = job.sources.addresses[start : start + step][chosen]
-            if job.cancelled or self._session.region is not region:
-                self._session.send(Abort(number, slots.tolist(), generations))
-                return
-            checksums = self._copy(region, slots, addresses, job.sources, [batch[i] for i in chosen.tolist()])
-            done = self._session.call(lambda ask: Commit(ask, number, slots.tolist(), generations, checksums), NODE_SECONDS)  # noqa: B023
-            job.saved += done.count if isinstance(done, Done) else 0
+            batch = Targets(job.sources.addresses[start : start + step], job.sources.page_bytes)
+            job.saved += self._save_batch(job, region, job.keys[start : start + step], batch)
+
+    def _save_batch(self, job: SaveJob, region: Region, block_keys: list[bytes], sources: Targets) -> int:
+        """Reserve, copy, commit. Returns the blocks that are new to the node."""
+        number = region.region
+        answer = self._session.call(lambda ask: Reserve(ask, number, block_keys, sources.block_bytes), NODE_SECONDS)
+        if not isinstance(answer, Reserved):
+            raise Unavailable(str(answer))
+        slots = np.array(answer.slots, np.int64)
+        chosen = np.flatnonzero(slots >= 0)
+        if not len(chosen):
+            return 0
+        slots, generations = slots[chosen], [answer.generations[i] for i in chosen.tolist()]
+        if job.cancelled or self._session.region is not region:
+            # Cancelled, or the node was replaced meanwhile: its slots are no longer ours to write.
+            self._session.send(Abort(number, slots.tolist(), generations))
+            return 0
+        checksums = self._copy(region, slots, sources.addresses[chosen], sources, [block_keys[i] for i in chosen.tolist()])
+        done = self._session.call(lambda ask: Commit(ask, number, slots.tolist(), generations, checksums), NODE_SECONDS)
+        return done.count if isinstance(done, Done) else 0
 
     @staticmethod
     def _copy(region: Region, slots: np.ndarray, addresses: np.ndarray, sources: Targets, block_keys: list[bytes]) -> list[int]:  # type: ignore[type-arg]
