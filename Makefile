@@ -1,0 +1,24 @@
+# The same commands for people and CI. VENV=DIR puts the environment elsewhere.
+VENV ?= .venv
+export VENV
+PYTHON := $(VENV)/bin/python
+
+.PHONY: env check test demo bars clean
+
+env: ## the environment: locked packages and kvshare, editable
+	@scripts/env.sh
+
+check: env ## lint, format, types, layers
+	@scripts/check.sh
+
+test: check ## check, then every test; ARGS="tests/unit -k name" narrows it
+	@$(PYTHON) -m pytest $(ARGS)
+
+demo: env ## a worker arrives warm, another dies, nothing changes; ARGS="--model NAME" for a model of yours
+	@$(PYTHON) -m kvshare.integrations.demo $(ARGS)
+
+bars: env ## every figure measured afresh, one line each; ONLY=NAME[,NAME] or ISSUE=N narrows it
+	@$(PYTHON) benchmarks/bars.py $(if $(ONLY),--only $(ONLY)) $(if $(ISSUE),--issue $(ISSUE))
+
+clean: ## everything that was built
+	rm -rf $(VENV) build dist *.egg-info kvshare/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
