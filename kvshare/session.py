@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +28,6 @@ from kvshare.autostart import ensure_node
 from kvshare.channel import Answer, Channel
 from kvshare.config import Settings
 from kvshare.errors import NamespaceError, RegionError, Unavailable
-from kvshare.loading import LoadPlan, SourceRead
 from kvshare.messages import (
     PROTOCOL_VERSION,
     AskWarm,
@@ -39,8 +37,6 @@ from kvshare.messages import (
     Indexed,
     Locate,
     Located,
-    Location,
-    Looked,
     Message,
     NodeDescription,
     PeerLost,
@@ -49,12 +45,12 @@ from kvshare.messages import (
     RegionDescription,
     Warm,
 )
+from kvshare.question import Mirror, Question
 from kvshare.slots import Region
 
 log = logging.getLogger("kvshare")
 
 RECONNECT_SECONDS = (0.2, 5.0)  # first pause, longest pause
-LOOKED_KEYS_MAX = 4096  # of one request; hotness needs the head of a chain most
 
 
 @dataclass(frozen=True)
@@ -68,34 +64,6 @@ class WarmState:
     bytes_pulled: int = 0
     seconds: float = 0.0
     donors: dict[str, int] = field(default_factory=dict)
-
-
-class Index:
-    """The node's blocks of our family: prefix -> block hash -> slot, and each slot's expected generation."""
-
-    def __init__(self) -> None:
-        self.by_prefix: dict[bytes, dict[bytes, int]] = {}
-        self.generations = np.zeros(1024, np.uint64)
-
-    def add(self, key: bytes, slot: int, generation: int) -> None:
-        if slot >= len(self.generations):
-            self.generations = np.concatenate([self.generations, np.zeros(slot + 1, np.uint64)])
-        self.by_prefix.setdefault(keys.prefix_of(key), {})[keys.hash_of(key)] = slot
-        self.generations[slot] = generation
-
-    def remove(self, key: bytes) -> None:
-        hashes = self.by_prefix.get(keys.prefix_of(key))
-        if hashes is not None:
-            hashes.pop(keys.hash_of(key), None)
-            if not hashes:
-                del self.by_prefix[keys.prefix_of(key)]
-
-    def lookup(self, prefix: bytes, hashes: Sequence[bytes]) -> npt.NDArray[np.int64]:
-        """Slot of each hash, -1 where unknown."""
-        known = self.by_prefix.get(prefix)
-        if not known:
-            return np.full(len(hashes), -1, np.int64)
-        return np.fromiter(map(known.get, hashes, repeat(-1)), np.int64, len(hashes))
 
 
 class Session:
@@ -115,7 +83,7 @@ class Session:
         self._retired: list[Region] = []  # mappings of former nodes: a running save may still write there
         self._node: NodeDescription | None = None
         self._description: RegionDescription | None = None
-        self._index = Index()
+        self._index = Mirror()
         self._lock = threading.Lock()
         self._closing = threading.Event()
 
@@ -251,7 +219,7 @@ class Session:
     def _try_open(self, seconds: float) -> None:
         # An index of its own for each connection: what is pushed before we have seen the answer is not lost, and what a
         # former connection still delivers does no harm.
-        index = Index()
+        index = Mirror()
         channel = Channel(
             self.settings.socket_path,
             self.settings.message_bytes_max,
@@ -281,7 +249,7 @@ class Session:
             self.notices = list(answer.notices)
         threading.Thread(target=region.populate, name="kvshare-populate", daemon=True).start()
 
-    def _pushed(self, index: Index, message: Indexed | Dropped | PeerLost) -> None:
+    def _pushed(self, index: Mirror, message: Indexed | Dropped | PeerLost) -> None:
         with self._lock:
             match message:
                 case Indexed(stored=stored):
@@ -293,12 +261,12 @@ class Session:
                 case PeerLost():
                     pass  # locations of peers are not kept beyond a question
 
-    def _lost(self, index: Index, reason: str) -> None:
+    def _lost(self, index: Mirror, reason: str) -> None:
         """In the channel's thread: forget all, reconnect in the background unless we are closing."""
         with self._lock:
             current = self._index is index
             if current:
-                self._index = Index()
+                self._index = Mirror()
         if current and not self._closing.is_set():
             log.warning(
                 "kvshare: lost the node at %s (%s); the engine computes on without it", self.settings.socket_path, reason
@@ -318,93 +286,6 @@ class Session:
             else:
                 log.info("kvshare: attached to the node at %s again", self.settings.socket_path)
                 return
-
-
-class Question:
-    """What became of one chain of blocks; made by `Session.ask`.
-
-    Threads: one asker; the answer arrives in the channel's thread and is handed over by a single assignment.
-    """
-
-    def __init__(self, session: Session, prefix: bytes, hashes: Sequence[bytes]) -> None:
-        self._session = session
-        self._prefix = prefix
-        self._hashes = hashes
-        self._remote: dict[int, Location] = {}
-        self._peers: dict[tuple[str, int], RegionDescription] = {}
-        self._waiting = False
-        self._closed = False
-        self._deadline = 0.0
-        slots, _ = session.local(prefix, hashes)
-        missing = np.flatnonzero(slots < 0).tolist()
-        if missing:
-            wanted = [prefix + hashes[i] for i in missing]
-            self._deadline = time.monotonic() + session.settings.lookup_seconds
-            self._waiting = True
-            if not session.locate(wanted, lambda located: self._answered(missing, located)):
-                self._waiting = False
-
-    def available(self, start: int) -> int | None:
-        """Leading blocks from index ``start`` that can be loaded now; None while the answer still travels."""
-        hashes = self._hashes[start:] if start else self._hashes
-        slots, _ = self._session.local(self._prefix, hashes)
-        remote = self._remote
-        count = 0
-        gaps = np.flatnonzero(slots < 0)
-        for gap in gaps.tolist():
-            if gap + start not in remote:
-                count = gap
-                break
-        else:
-            return len(hashes)
-        if self._waiting:
-            if time.monotonic() < self._deadline:
-                return None
-            self._waiting = False
-        return count
-
-    def plan(self, start: int, count: int) -> LoadPlan:
-        """Sources of ``count`` blocks from index ``start``, as `available` just said."""
-        hashes = list(self._hashes[start : start + count])
-        slots, generations = self._session.local(self._prefix, hashes)
-        reads: list[SourceRead] = []
-        description = self._session.description
-        local = np.flatnonzero(slots >= 0)
-        if len(local) and description is not None:
-            reads.append(SourceRead(description, local, slots[local], generations[local]))
-        by_region: dict[tuple[str, int], list[tuple[int, Location]]] = {}
-        for position in np.flatnonzero(slots < 0).tolist():
-            location = self._remote.get(position + start)
-            if location is not None:
-                by_region.setdefault((location.node, location.region), []).append((position, location))
-        for source, blocks in by_region.items():
-            reads.append(
-                SourceRead(
-                    self._peers[source],
-                    np.array([position for position, _ in blocks], np.int64),
-                    np.array([location.slot for _, location in blocks], np.int64),
-                    np.array([location.generation for _, location in blocks], np.uint64),
-                )
-            )
-        return LoadPlan(self._prefix, hashes, reads)
-
-    def close(self, hits: int) -> None:
-        """The engine has decided: report what it looked up and that ``hits`` leading blocks were there. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            chain = [self._prefix + block_hash for block_hash in self._hashes[:LOOKED_KEYS_MAX]]
-            if chain:
-                self._session.send(Looked(chain, min(hits, len(chain))))
-
-    def _answered(self, missing: list[int], located: Located | None) -> None:
-        if located is not None:
-            self._peers = {(peer.node, peer.region): peer for peer in located.peers}
-            self._remote = {
-                index: location
-                for index, location in zip(missing, located.locations, strict=True)
-                if location is not None and (location.node, location.region) in self._peers
-            }
-        self._waiting = False
 
 
 def warm_state(answer: Answer) -> WarmState:

@@ -1,0 +1,148 @@
+"""Questions about chains of blocks, and the mirror of the node's index that answers most of them from memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvshare import keys
+from kvshare.config import Settings
+from kvshare.loading import LoadPlan, SourceRead
+from kvshare.messages import Located, Location, Looked, Message, RegionDescription
+
+LOOKED_KEYS_MAX = 4096  # of one request; hotness needs the head of a chain most
+
+
+class Mirror:
+    """The node's blocks of our family: prefix -> block hash -> slot, and each slot's expected generation."""
+
+    def __init__(self) -> None:
+        self.by_prefix: dict[bytes, dict[bytes, int]] = {}
+        self.generations = np.zeros(1024, np.uint64)
+
+    def add(self, key: bytes, slot: int, generation: int) -> None:
+        if slot >= len(self.generations):
+            self.generations = np.concatenate([self.generations, np.zeros(slot + 1, np.uint64)])
+        self.by_prefix.setdefault(keys.prefix_of(key), {})[keys.hash_of(key)] = slot
+        self.generations[slot] = generation
+
+    def remove(self, key: bytes) -> None:
+        hashes = self.by_prefix.get(keys.prefix_of(key))
+        if hashes is not None:
+            hashes.pop(keys.hash_of(key), None)
+            if not hashes:
+                del self.by_prefix[keys.prefix_of(key)]
+
+    def lookup(self, prefix: bytes, hashes: Sequence[bytes]) -> npt.NDArray[np.int64]:
+        """Slot of each hash, -1 where unknown."""
+        known = self.by_prefix.get(prefix)
+        if not known:
+            return np.full(len(hashes), -1, np.int64)
+        return np.fromiter(map(known.get, hashes, repeat(-1)), np.int64, len(hashes))
+
+
+class Asker(Protocol):
+    """What a question needs of its session."""
+
+    settings: Settings
+
+    @property
+    def description(self) -> RegionDescription | None: ...
+
+    def local(self, prefix: bytes, hashes: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]: ...
+
+    def locate(self, wanted: list[bytes], answer: Callable[[Located | None], None]) -> bool: ...
+
+    def send(self, message: Message) -> bool: ...
+
+
+class Question:
+    """What became of one chain of blocks; made by `Session.ask`.
+
+    Threads: one asker; the answer arrives in the channel's thread and is handed over by a single assignment.
+    """
+
+    def __init__(self, session: Asker, prefix: bytes, hashes: Sequence[bytes]) -> None:
+        self._session = session
+        self._prefix = prefix
+        self._hashes = hashes
+        self._remote: dict[int, Location] = {}
+        self._peers: dict[tuple[str, int], RegionDescription] = {}
+        self._waiting = False
+        self._closed = False
+        self._deadline = 0.0
+        slots, _ = session.local(prefix, hashes)
+        missing = np.flatnonzero(slots < 0).tolist()
+        if missing:
+            wanted = [prefix + hashes[i] for i in missing]
+            self._deadline = time.monotonic() + session.settings.lookup_seconds
+            self._waiting = True
+            if not session.locate(wanted, lambda located: self._answered(missing, located)):
+                self._waiting = False
+
+    def available(self, start: int) -> int | None:
+        """Leading blocks from index ``start`` that can be loaded now; None while the answer still travels."""
+        hashes = self._hashes[start:] if start else self._hashes
+        slots, _ = self._session.local(self._prefix, hashes)
+        remote = self._remote
+        count = 0
+        gaps = np.flatnonzero(slots < 0)
+        for gap in gaps.tolist():
+            if gap + start not in remote:
+                count = gap
+                break
+        else:
+            return len(hashes)
+        if self._waiting:
+            if time.monotonic() < self._deadline:
+                return None
+            self._waiting = False
+        return count
+
+    def plan(self, start: int, count: int) -> LoadPlan:
+        """Sources of ``count`` blocks from index ``start``, as `available` just said."""
+        hashes = list(self._hashes[start : start + count])
+        slots, generations = self._session.local(self._prefix, hashes)
+        reads: list[SourceRead] = []
+        description = self._session.description
+        local = np.flatnonzero(slots >= 0)
+        if len(local) and description is not None:
+            reads.append(SourceRead(description, local, slots[local], generations[local]))
+        by_region: dict[tuple[str, int], list[tuple[int, Location]]] = {}
+        for position in np.flatnonzero(slots < 0).tolist():
+            location = self._remote.get(position + start)
+            if location is not None:
+                by_region.setdefault((location.node, location.region), []).append((position, location))
+        for source, blocks in by_region.items():
+            reads.append(
+                SourceRead(
+                    self._peers[source],
+                    np.array([position for position, _ in blocks], np.int64),
+                    np.array([location.slot for _, location in blocks], np.int64),
+                    np.array([location.generation for _, location in blocks], np.uint64),
+                )
+            )
+        return LoadPlan(self._prefix, hashes, reads)
+
+    def close(self, hits: int) -> None:
+        """The engine has decided: report what it looked up and that ``hits`` leading blocks were there. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            chain = [self._prefix + block_hash for block_hash in self._hashes[:LOOKED_KEYS_MAX]]
+            if chain:
+                self._session.send(Looked(chain, min(hits, len(chain))))
+
+    def _answered(self, missing: list[int], located: Located | None) -> None:
+        if located is not None:
+            self._peers = {(peer.node, peer.region): peer for peer in located.peers}
+            self._remote = {
+                index: location
+                for index, location in zip(missing, located.locations, strict=True)
+                if location is not None and (location.node, location.region) in self._peers
+            }
+        self._waiting = False
