@@ -37,7 +37,7 @@ if [[ "$(cat "$venv/packages.stamp" 2>/dev/null)" != "$packages" ]]; then
     echo "kvshare: building the environment in $venv with $python (a few minutes, once)" >&2
     rm -f "$venv/packages.stamp" "$venv/project.stamp"
     "$python" -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+    "$venv/bin/pip" install -qq --disable-pip-version-check --no-deps -r requirements.lock
     # The default index serves torch for CUDA, which cannot be imported without CUDA's libraries.
     "$venv/bin/python" -c 'import torch' 2>/dev/null ||
         fail "torch cannot be imported: its CPU build comes from PyTorch's own CPU index; set PIP_EXTRA_INDEX_URL to that and try again"
@@ -46,6 +46,6 @@ fi
 
 if [[ "$(cat "$venv/project.stamp" 2>/dev/null)" != "$project" ]]; then
     command -v "${CC:-gcc}" >/dev/null || fail "no C compiler found: install gcc, or name one with CC"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+    "$venv/bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
     echo "$project" >"$venv/project.stamp"
 fi
