@@ -30,7 +30,7 @@ find_python() {
 }
 
 packages="$(sha256sum <requirements.lock)"
-project="$(cat pyproject.toml kvshare/_native.c | sha256sum) $PWD"
+project="$(cat pyproject.toml kvshare/*.[ch] | sha256sum) $PWD"
 
 if [[ "$(cat "$venv/packages.stamp" 2>/dev/null)" != "$packages" ]]; then
     python="$(find_python)"
