@@ -20,7 +20,8 @@ import numpy as np
 from kvshare import keys
 from kvshare.config import Settings
 from kvshare.mover import Mover
-from kvshare.session import Question, Session, WarmState
+from kvshare.question import Question
+from kvshare.session import Session, WarmState
 from kvshare.transport.base import Targets
 
 SAVE_SECONDS = 30.0  # to copy what was given into the arena; far more than it takes

@@ -70,7 +70,7 @@ class Memory:
                 arena = await asyncio.to_thread(self._open, slot_bytes)
                 store = Store(arena, self.settings)
                 self.arenas[slot_bytes], self.stores[slot_bytes] = arena, store
-                recovered = store.adopt(arena.recovered)
+                recovered = store.adopt(arena.recovered, arena.unsettled, time.monotonic())
                 if recovered:
                     log.info("kvshare: recovered %d blocks of %d bytes", len(recovered), slot_bytes)
                 self._transports.register(arena)
@@ -110,7 +110,7 @@ class Memory:
         """Problems found in any structure; empty when all is well."""
         problems = []
         for region, store in self.stores.items():
-            problems += [f"region {region}: {problem}" for problem in [*self.arenas[region].check(), *store.check()]]
+            problems += [f"region {region}: {problem}" for problem in store.check()]
         return problems
 
     def close(self, unlink: bool) -> None:

@@ -94,7 +94,7 @@ class Question:
         gaps = np.flatnonzero(slots < 0)
         for gap in gaps.tolist():
             if gap + start not in remote:
-                count = gap
+                count = int(gap)
                 break
         else:
             return len(hashes)
