@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -147,3 +148,9 @@ def test_a_field_of_the_wrong_type_is_refused() -> None:
         decoder("ToNode").decode(msgspec.msgpack.encode(["Locate", "one", [b"key"]]))
     with pytest.raises(msgspec.ValidationError):
         decoder("ToNode").decode(msgspec.msgpack.encode(["Locate", 1, ["no bytes"]]))
+
+
+def test_the_protocol_page_names_every_message() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text()
+    missing = sorted({kind.__name__ for _, kind in KINDS if f"`{kind.__name__}`" not in page})
+    assert not missing, f"docs/protocol.md does not explain {', '.join(missing)}"
