@@ -49,7 +49,10 @@ def test_the_wheel_holds_every_module_of_the_tree(wheel: zipfile.ZipFile) -> Non
 
 def test_the_wheel_holds_the_extension_its_source_its_types_and_the_license(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
-    assert {"kvshare/_native.c", "kvshare/_native.pyi", "kvshare/py.typed"} <= set(names)
+    sources = {
+        path.relative_to(ROOT).as_posix() for pattern in ("*.c", "*.h", "*.pyi") for path in (ROOT / "kvshare").glob(pattern)
+    }
+    assert {"kvshare/py.typed", "kvshare/_native.c", *sources} <= set(names)
     assert [name for name in names if name.startswith("kvshare/_native.") and name.endswith(".so")]
     assert [name for name in names if name.endswith("/LICENSE")]
 
