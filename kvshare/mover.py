@@ -167,7 +167,7 @@ class Mover:
             job.parts.append(transfer)
             if job.cancelled:
                 transfer.cancel()
-            transfer.then(lambda completion, read=read: finished(read, completion))  # type: ignore[misc]
+            transfer.then(lambda completion, read=read: finished(read, completion))
 
     def _report_corrupt(self, read: SourceRead, completion: Completion) -> None:
         corrupt = np.flatnonzero(completion.statuses == BlockStatus.CORRUPT)
@@ -245,7 +245,7 @@ class Mover:
         return done.count if isinstance(done, Done) else 0
 
     @staticmethod
-    def _copy(region: Region, slots: np.ndarray, addresses: np.ndarray, sources: Targets, block_keys: list[bytes]) -> list[int]:  # type: ignore[type-arg]
+    def _copy(region: Region, slots: np.ndarray, addresses: np.ndarray, sources: Targets, block_keys: list[bytes]) -> list[int]:
         """Copy each block's pages into its slot; returns checksums, taken from the sources: whatever else writes to the
         slot by mistake makes the block fail."""
         ends = np.cumsum(sources.page_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import repeat
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,14 @@ class Mirror:
         return np.fromiter(map(known.get, hashes, repeat(-1)), np.int64, len(hashes))
 
 
+class Local(NamedTuple):
+    """Blocks of our own node: slot of each (-1: unknown), its generation, and the mirror that said so."""
+
+    mirror: Mirror
+    slots: npt.NDArray[np.int64]
+    generations: npt.NDArray[np.uint64]
+
+
 class Asker(Protocol):
     """What a question needs of its session."""
 
@@ -54,7 +62,9 @@ class Asker(Protocol):
     @property
     def description(self) -> RegionDescription | None: ...
 
-    def local(self, prefix: bytes, hashes: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]: ...
+    def local(self, prefix: bytes, hashes: Sequence[bytes]) -> Local: ...
+
+    def still(self, local: Local) -> npt.NDArray[np.bool_]: ...
 
     def locate(self, wanted: list[bytes], answer: Callable[[Located | None], None]) -> bool: ...
 
@@ -76,8 +86,9 @@ class Question:
         self._waiting = False
         self._closed = False
         self._deadline = 0.0
-        slots, _ = session.local(prefix, hashes)
-        missing = np.flatnonzero(slots < 0).tolist()
+        self._local = session.local(prefix, hashes)
+        # Not validated yet: what was evicted a moment ago is a gap when it comes to `available`.
+        missing = np.flatnonzero(self._local.slots < 0).tolist()
         if missing:
             wanted = [prefix + hashes[i] for i in missing]
             self._deadline = time.monotonic() + session.settings.lookup_seconds
@@ -87,17 +98,14 @@ class Question:
 
     def available(self, start: int) -> int | None:
         """Leading blocks from index ``start`` that can be loaded now; None while the answer still travels."""
-        hashes = self._hashes[start:] if start else self._hashes
-        slots, _ = self._session.local(self._prefix, hashes)
+        slots = self._slots()[start:]
         remote = self._remote
-        count = 0
-        gaps = np.flatnonzero(slots < 0)
-        for gap in gaps.tolist():
+        for gap in np.flatnonzero(slots < 0).tolist():
             if gap + start not in remote:
                 count = int(gap)
                 break
         else:
-            return len(hashes)
+            return len(slots)
         if self._waiting:
             if time.monotonic() < self._deadline:
                 return None
@@ -106,8 +114,8 @@ class Question:
 
     def plan(self, start: int, count: int) -> LoadPlan:
         """Sources of ``count`` blocks from index ``start``, as `available` just said."""
-        hashes = list(self._hashes[start : start + count])
-        slots, generations = self._session.local(self._prefix, hashes)
+        slots = self._slots()[start : start + count]
+        generations = self._local.generations[start : start + count]
         reads: list[SourceRead] = []
         description = self._session.description
         local = np.flatnonzero(slots >= 0)
@@ -127,7 +135,11 @@ class Question:
                     np.array([location.generation for _, location in blocks], np.uint64),
                 )
             )
-        return LoadPlan(self._prefix, hashes, reads)
+        return LoadPlan(self._prefix, list(self._hashes[start : start + count]), reads)
+
+    def _slots(self) -> npt.NDArray[np.int64]:
+        """Slots in our own node that hold their block at this moment, -1 for the others."""
+        return np.where(self._session.still(self._local), self._local.slots, -1)
 
     def close(self, hits: int) -> None:
         """The engine has decided: report what it looked up and that ``hits`` leading blocks were there. Idempotent."""

@@ -45,7 +45,7 @@ from kvshare.messages import (
     RegionDescription,
     Warm,
 )
-from kvshare.question import Mirror, Question
+from kvshare.question import Local, Mirror, Question
 from kvshare.slots import Region
 
 log = logging.getLogger("kvshare")
@@ -166,19 +166,23 @@ class Session:
 
     # --- used by Question ---------------------------------------------------------------------------------------------
 
-    def local(self, prefix: bytes, hashes: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-        """Slots (-1: unknown) and generations of blocks in our node's region, checked against its header table."""
+    def local(self, prefix: bytes, hashes: Sequence[bytes]) -> Local:
+        """Slots (-1: unknown) and generations of blocks in our node's region, as the node last pushed them."""
         with self._lock:
-            region = self._region
-            slots = self._index.lookup(prefix, hashes)
-            generations = self._index.generations[slots]  # slot -1 reads the last entry: not looked at
+            mirror = self._index
+            slots = mirror.lookup(prefix, hashes)
+            return Local(mirror, slots, mirror.generations[slots])  # slot -1 reads the last entry: not looked at
+
+    def still(self, local: Local) -> npt.NDArray[np.bool_]:
+        """Which of these blocks are in their slots at this moment: asks the mapped header table, the truth."""
+        with self._lock:
+            region = self._region if self._index is local.mirror else None
+        held = local.slots >= 0
         if region is None or not self.connected:
-            return np.full(len(hashes), -1, np.int64), generations
-        known = np.flatnonzero(slots >= 0)
-        if len(known):
-            current = region.generations(slots[known])
-            slots[known[current != generations[known]]] = -1
-        return slots, generations
+            return np.zeros_like(held)
+        known = np.flatnonzero(held)
+        held[known] = region.generations(local.slots[known]) == local.generations[known]
+        return held
 
     def locate(self, wanted: list[bytes], answer: Callable[[Located | None], None]) -> bool:
         """Ask the node where ``wanted`` are; ``answer`` is called in another thread. False when there is no node."""

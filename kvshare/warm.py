@@ -204,7 +204,7 @@ class Warmer:
             job.donors[donor] += blocks
 
 
-def _checksums(addresses: np.ndarray, length: int, seeds: list[int]) -> list[int]:  # type: ignore[type-arg]
+def _checksums(addresses: np.ndarray, length: int, seeds: list[int]) -> list[int]:
     lengths = np.array([length], np.uint64)
     return [native.checksum(addresses[i : i + 1], lengths, seed) for i, seed in enumerate(seeds)]
 
