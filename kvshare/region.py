@@ -11,9 +11,10 @@ The header table is the truth; whatever else knows of blocks is an index built f
 
     begin ──> odd ──write──> finish ──> even ──> retire (one increment) ──> odd ──> begin (the next odd one) ...
 
-Generations of a slot only grow, over restarts too: an owner takes the time (32 bits of seconds since 2020, 32 of fraction)
-as its birth and starts above it, and no slot sees four billion changes a second. So a reader that copies a slot and then
-finds the generation that it was told has read the bytes that were written under it.
+Generations of a slot only grow, over restarts too, and also when the files are deleted and made again: an owner takes the
+time (32 bits of seconds since 2020, the epoch, and 32 of fraction) as its birth and starts above it, and no slot sees four
+billion changes a second. So a reader that copies a slot and then finds the generation that it was told has read the bytes
+that were written under it.
 
 A mapping lives as long as its `Region` object, whatever `close` says and whoever dies: an address taken from a region stays
 good while the region is referenced.
@@ -28,6 +29,7 @@ import os
 import struct
 import threading
 import time
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +39,7 @@ from kvshare.errors import RegionError
 from kvshare.mapping import Mapping
 from kvshare.messages import RegionDescription
 
-MAGIC = b"kvshare\0"
+MAGIC = b"KVSHARE\n"
 FORMAT_VERSION = 1
 SUPERBLOCK_BYTES = 4096
 HEADER = np.dtype(
@@ -56,7 +58,7 @@ SUPERBLOCK = np.dtype(
         ("slot_bytes", "<u8"),
         ("slots", "<u8"),
         ("chunk_bytes", "<u8"),
-        ("epoch", "<u8"),
+        ("birth", "<u8"),  # generation above which the present owner's are
         ("available_slots", "<u8"),  # slots of allocated chunks; only grows
         ("owner_pid", "<u8"),
         ("data_inode", "<u8"),  # of the data file that belongs to this table
@@ -82,12 +84,12 @@ def table_bytes(slots: int) -> int:
     return SUPERBLOCK_BYTES + slots * HEADER.itemsize
 
 
-def superblock(slot_bytes: int, slots: int, chunk_bytes: int, epoch: int, data_inode: int) -> npt.NDArray[np.void]:
+def superblock(slot_bytes: int, slots: int, chunk_bytes: int, birth: int, data_inode: int) -> npt.NDArray[np.void]:
     """The superblock of a new table."""
     made = np.zeros(1, SUPERBLOCK)
     made["magic"], made["version"], made["header_bytes"] = MAGIC, FORMAT_VERSION, HEADER.itemsize
     made["slot_bytes"], made["slots"], made["chunk_bytes"] = slot_bytes, slots, chunk_bytes
-    made["epoch"], made["owner_pid"], made["data_inode"] = epoch, os.getpid(), data_inode
+    made["birth"], made["owner_pid"], made["data_inode"] = birth, os.getpid(), data_inode
     return made
 
 
@@ -134,7 +136,6 @@ class Region:
         self.slot_bytes = self.region = int(self._superblock["slot_bytes"][0])
         self.slots = int(self._superblock["slots"][0])
         self.chunk_slots = max(1, int(self._superblock["chunk_bytes"][0]) // self.slot_bytes)
-        self.epoch = int(self._superblock["epoch"][0])
         self.data_address = data.address
         self.table_address = table.address + SUPERBLOCK_BYTES
         self.headers = np.frombuffer(table.memory, HEADER, count=self.slots, offset=SUPERBLOCK_BYTES)
@@ -166,7 +167,7 @@ class Region:
         assert slot_bytes > 0 and slots > 0
         data, table = Mapping.anonymous(slots * slot_bytes), Mapping.anonymous(table_bytes(slots))
         birth = generation_now()
-        head = superblock(slot_bytes, slots, slots * slot_bytes, birth >> 32, 0)
+        head = superblock(slot_bytes, slots, slots * slot_bytes, birth, 0)
         head["available_slots"] = slots
         table.memory[: SUPERBLOCK.itemsize] = head.tobytes()
         return Region(data, table, birth=birth)
@@ -177,6 +178,11 @@ class Region:
     def available_slots(self) -> int:
         """Slots whose memory is allocated, the first ones of the region. Only grows."""
         return int(self._superblock["available_slots"][0])
+
+    @property
+    def epoch(self) -> int:
+        """Start of the present owner in seconds since 2020, the high half of its first generations."""
+        return int(self._superblock["birth"][0]) >> 32
 
     @property
     def writable(self) -> bool:
@@ -284,7 +290,7 @@ class Region:
         """We are done with it; idempotent. Memory is unmapped with the last reference to the region."""
         self._closed.set()
 
-    def __enter__(self) -> Region:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

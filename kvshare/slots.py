@@ -6,7 +6,7 @@ used, so a full file system is an answer there and never a SIGBUS at a write; 3.
 them for the next start.
 
 Recovery is one scan of the table: a slot whose generation is even was finished; its block stays if its checksum, seeded with
-its key, holds. It gets a generation of the new epoch, so that locations told by the former owner fail.
+its key, holds. It gets a generation of the new owner, so that locations told by the former owner fail.
 
 Files are replaced (written under another name, then renamed, data first), never truncated: whoever has them mapped keeps
 what was there. A crash between the two renames leaves a table that names another data file, which the next start notices.
@@ -55,7 +55,7 @@ _NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG)
 
 
 class Recovered(NamedTuple):
-    """A block that a former owner left behind, verified, under a generation of the new epoch."""
+    """A block that a former owner left behind, verified, under a generation of the new owner."""
 
     slot: int
     key: bytes
@@ -75,12 +75,11 @@ class Arena(Region):
         data.advise_huge_pages()
         super().__init__(data, table, data_path, table_path)
         self._data_fd, self._table_fd = data_fd, table_fd
-        # Above all that any slot ever had, even where the clock was set back.
-        newest = max(self.epoch, int(self._generations[: self.available_slots].max(initial=0)) >> 32)
-        self._birth = max(generation_now(), (newest + 1) << 32)
-        self.epoch = self._birth >> 32
+        # By the time, which is above all that former owners gave, files or not; by the files where the clock was set back.
+        newest = max(int(self._superblock["birth"][0]), int(self._generations[: self.available_slots].max(initial=0)))
+        self._birth = max(generation_now(), (newest | 1) + 1)
         self.chunk_slots = max(1, chunk_bytes // self.slot_bytes)
-        for field, value in (("epoch", self.epoch), ("owner_pid", os.getpid()), ("chunk_bytes", chunk_bytes)):
+        for field, value in (("birth", self._birth), ("owner_pid", os.getpid()), ("chunk_bytes", chunk_bytes)):
             self._superblock[field] = value
         self._growing = threading.Lock()
         self._full_said = False
