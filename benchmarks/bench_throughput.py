@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from common import Engine, Fleet, arguments, progress, prompt, report, saved_blocks, summary, wait_saved
+from common import BLOCK_TOKENS, Engine, Fleet, arguments, progress, prompt, report, saved_blocks, summary, wait_saved
 
 PREFILL_PROMPTS, PREFILL_TOKENS = 4, 2000
 DECODE_PROMPTS, DECODE_PROMPT_TOKENS, DECODE_TOKENS = 4, 32, 240  # two blocks of 128 tokens each
@@ -30,11 +30,11 @@ def main() -> None:
             engine.generate([prompt(20 + i, DECODE_PROMPT_TOKENS)], 16)
         before = saved_blocks(settings)
         prefill = measure(engines, "prefill", rounds)
-        prefill["blocks_expected"] = rounds * PREFILL_PROMPTS * (PREFILL_TOKENS // 128)
+        prefill["blocks_expected"] = rounds * PREFILL_PROMPTS * (PREFILL_TOKENS // BLOCK_TOKENS)
         prefill["blocks_saved"] = wait_saved(settings, before + prefill["blocks_expected"]) - before
         before = saved_blocks(settings)
         decode = measure(engines, "decode", rounds)
-        decode["blocks_expected"] = rounds * DECODE_PROMPTS * ((DECODE_PROMPT_TOKENS + DECODE_TOKENS - 1) // 128)
+        decode["blocks_expected"] = rounds * DECODE_PROMPTS * ((DECODE_PROMPT_TOKENS + DECODE_TOKENS - 1) // BLOCK_TOKENS)
         decode["blocks_saved"] = wait_saved(settings, before + decode["blocks_expected"]) - before
     figures = {
         "prefill_ratio": (prefill["ratio"]["median"], "ratio"),

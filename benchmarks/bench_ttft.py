@@ -15,12 +15,25 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from common import TOKENS, Engine, Failed, Fleet, arguments, node_status, progress, prompt, report, summary, wait_saved
+from common import (
+    BLOCK_TOKENS,
+    BLOCKS,
+    TOKENS,
+    Engine,
+    Failed,
+    Fleet,
+    arguments,
+    node_status,
+    progress,
+    prompt,
+    report,
+    summary,
+    wait_saved,
+)
 
 from kvshare.config import Settings
 
 PAUSE_SECONDS = 0.3
-BLOCKS = TOKENS // 128  # that are complete
 WARM_UP_SEED, SHARED_SEED = 9_000, 1_000
 FRESH_SEEDS = {"arena": 2_000, "tcp": 3_000}
 
@@ -77,8 +90,8 @@ def measure_joiner(fleet: Fleet, way: str, node: Settings, expected: list[list[i
             if answer["outputs"][0] != output:
                 raise Failed(f"{way}: prompt {i} gave {answer['outputs'][0]}, engine A gave {output}")
         progress(f"{way}: prompt {i}: {first[-1]:.4f} s, prefix hit {hits[-1]:.4f} s, recompute {recompute[-1]:.3f} s")
-    if cached != len(expected) * BLOCKS * 128:
-        raise Failed(f"{way}: {cached} of {len(expected) * BLOCKS * 128} tokens were loaded; the rest was recomputed")
+    if cached != len(expected) * BLOCKS * BLOCK_TOKENS:
+        raise Failed(f"{way}: {cached} of {len(expected) * BLOCKS * BLOCK_TOKENS} tokens were loaded; the rest was recomputed")
     fleet.stop(engine)
     return {
         "first_s": summary(first),
