@@ -47,7 +47,7 @@ class SaveJob:
         self.saved = 0
         self._cancelled = threading.Event()
         self._done = threading.Event()
-        self._begun = False
+        self._copying = False
         self._lock = threading.Lock()
 
     @property
@@ -67,17 +67,23 @@ class SaveJob:
         return self._done.wait(timeout)
 
     def cancel(self) -> None:
-        """Drop what has not begun. Not a fence: `wait` for the batch under way."""
+        """Drop what has not begun. Not a fence: `wait` for the copy under way, never for the node."""
         self._cancelled.set()
         with self._lock:
-            if not self._begun:
+            if not self._copying:
                 self._done.set()
 
-    def begin(self) -> bool:
+    def begin_copy(self) -> bool:
         """For the mover: False when it was cancelled before."""
         with self._lock:
-            self._begun = not self._cancelled.is_set()
-            return self._begun
+            self._copying = not self._cancelled.is_set()
+            return self._copying
+
+    def end_copy(self) -> None:
+        with self._lock:
+            self._copying = False
+            if self._cancelled.is_set():
+                self._done.set()
 
     def finish(self) -> None:
         self._done.set()
@@ -206,7 +212,7 @@ class Mover:
                     break
                 job = self._saves.popleft()
                 self._queued_bytes -= job.bytes
-            if job.begin():
+            if not job.cancelled:
                 try:
                     self._save(job)
                 except KVShareError as error:
@@ -236,11 +242,14 @@ class Mover:
         if not len(chosen):
             return 0
         slots, generations = slots[chosen], [answer.generations[i] for i in chosen.tolist()]
-        if job.cancelled or self._session.region is not region:
+        if self._session.region is not region or not job.begin_copy():
             # Cancelled, or the node was replaced meanwhile: its slots are no longer ours to write.
             self._session.send(Abort(number, slots.tolist(), generations))
             return 0
-        checksums = self._copy(region, slots, sources.addresses[chosen], sources, [block_keys[i] for i in chosen.tolist()])
+        try:
+            checksums = self._copy(region, slots, sources.addresses[chosen], sources, [block_keys[i] for i in chosen.tolist()])
+        finally:
+            job.end_copy()
         done = self._session.call(lambda ask: Commit(ask, number, slots.tolist(), generations, checksums), NODE_SECONDS)
         return done.count if isinstance(done, Done) else 0
 
