@@ -68,7 +68,8 @@ class Store:
 
     def lookup(self, keys: Sequence[bytes]) -> list[Stored | None]:
         """What is held under each key, None where nothing is."""
-        return [self._index.get(key) for key in keys]
+        held = self._index.get
+        return [held(key) for key in keys]
 
     def inventory(self) -> Iterator[Stored]:
         """All blocks held at this moment, whatever changes while it is read."""

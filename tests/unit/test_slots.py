@@ -84,8 +84,13 @@ def test_no_transition_brings_a_generation_back() -> None:
     region, rng = Region.anonymous(SLOT, 1), random.Random(4)
     seen = [0]
     for _ in range(500):
-        step = rng.choice([lambda: region.begin(0), lambda: region.retire(0), lambda: write(region, 0, b"key", 8)])
-        step()
+        match rng.choice(["begin", "retire", "write"]):
+            case "begin":
+                region.begin(0)
+            case "retire":
+                region.retire(0)
+            case "write":
+                write(region, 0, b"key", 8)
         seen.append(int(region.generations([0])[0]))
     assert seen == sorted(set(seen))
 
