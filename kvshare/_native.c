@@ -1,20 +1,16 @@
 /* Bulk bytes without the GIL: copies, socket transfers and generation tables over whole lists of ranges.
+ * The moving itself is in _moves.c, the checksum in _xxh3.c.
  *
  * Every function takes plain addresses; kvshare/native.py is the typed face and says who keeps the memory alive.
  */
 #define PY_SSIZE_T_CLEAN
-#define _GNU_SOURCE
 #include <Python.h>
 
 #include <errno.h>
-#include <poll.h>
 #include <stdint.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <sys/uio.h>
-#include <time.h>
 
-#define IOVECS_MAX 1024 /* the kernel's limit for one sendmsg or recvmsg */
+#include "_moves.h"
 
 /* A borrowed array of 64-bit numbers. */
 typedef struct {
@@ -71,129 +67,79 @@ static PyObject *copy_ranges(PyObject *Py_UNUSED(module), PyObject *const *args,
     if (take_equal(args, names, 3, arrays) < 0)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; i < arrays[0].count; i++)
-        memcpy((void *)(uintptr_t)arrays[0].items[i], (const void *)(uintptr_t)arrays[1].items[i], arrays[2].items[i]);
+    copy_all(arrays[0].items, arrays[1].items, arrays[2].items, (size_t)arrays[0].count, NULL);
     Py_END_ALLOW_THREADS
     give_arrays(arrays, 3);
     Py_RETURN_NONE;
 }
 
+/* Blocks of `pages` ranges each: seeds and room for digests, one per block. */
+static int take_blocks(PyObject *const *objects, Py_ssize_t pages, Py_ssize_t ranges, Array *arrays)
+{
+    if (take_array(objects[0], PyBUF_SIMPLE, "seeds", &arrays[0]) < 0)
+        return -1;
+    if (take_array(objects[1], PyBUF_WRITABLE, "digests", &arrays[1]) < 0) {
+        PyBuffer_Release(&arrays[0].buffer);
+        return -1;
+    }
+    if (pages < 1 || arrays[0].count != arrays[1].count || arrays[0].count > ranges / pages) {
+        PyErr_SetString(PyExc_ValueError, "seeds and digests need one entry per block of ranges");
+        give_arrays(arrays, 2);
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *copy_blocks(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    static const char *const names[] = {"targets", "lengths", "sources"};
+    if (nargs != 6) {
+        PyErr_SetString(PyExc_TypeError, "copy_blocks(targets, lengths, sources or None, pages, seeds, digests)");
+        return NULL;
+    }
+    int count = args[2] == Py_None ? 2 : 3;
+    Py_ssize_t pages = PyLong_AsSsize_t(args[3]);
+    if (pages == -1 && PyErr_Occurred())
+        return NULL;
+    Array arrays[3], blocks[2];
+    if (take_equal(args, names, count, arrays) < 0)
+        return NULL;
+    if (take_blocks(args + 4, pages, arrays[0].count, blocks) < 0) {
+        give_arrays(arrays, count);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    Hasher hasher;
+    hasher_begin(&hasher, blocks[0].items, blocks[1].items, (size_t)blocks[0].count, (size_t)pages);
+    copy_all(arrays[0].items, count == 3 ? arrays[2].items : NULL, arrays[1].items, (size_t)arrays[0].count, &hasher);
+    Py_END_ALLOW_THREADS
+    give_arrays(arrays, count);
+    give_arrays(blocks, 2);
+    Py_RETURN_NONE;
+}
+
 /* --- sockets ---------------------------------------------------------------------------------------------------- */
 
-/* Where a transfer stands within its ranges. */
-typedef struct {
-    const uint64_t *addresses;
-    const uint64_t *lengths;
-    Py_ssize_t count;
-    Py_ssize_t at;   /* the range under way */
-    uint64_t offset; /* bytes of it that are done */
-} Cursor;
-
-static int fill(const Cursor *cursor, struct iovec *vectors)
+static PyObject *tell(Outcome outcome, int error, const Stream *stream)
 {
-    int filled = 0;
-    uint64_t offset = cursor->offset;
-    for (Py_ssize_t i = cursor->at; i < cursor->count && filled < IOVECS_MAX; i++) {
-        if (cursor->lengths[i] > offset) {
-            vectors[filled].iov_base = (void *)(uintptr_t)(cursor->addresses[i] + offset);
-            vectors[filled].iov_len = cursor->lengths[i] - offset;
-            filled++;
-        }
-        offset = 0;
-    }
-    return filled;
-}
-
-static void advance(Cursor *cursor, uint64_t moved)
-{
-    while (moved > 0) {
-        uint64_t left = cursor->lengths[cursor->at] - cursor->offset;
-        if (moved < left) {
-            cursor->offset += moved;
-            return;
-        }
-        moved -= left;
-        cursor->at++;
-        cursor->offset = 0;
-    }
-}
-
-static double now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
-}
-
-typedef enum { MOVED, TIMED_OUT, CLOSED, FAILED, SIGNALLED } Outcome;
-
-/* Wait until the socket can move bytes. `deadline` is absolute. */
-static Outcome wait_ready(int fd, short events, double deadline)
-{
-    double left = deadline - now();
-    if (left <= 0)
-        return TIMED_OUT;
-    struct pollfd entry = {.fd = fd, .events = events};
-    int milliseconds = left > 2e6 ? 2000000000 : (int)(left * 1e3) + 1;
-    int ready = poll(&entry, 1, milliseconds);
-    if (ready > 0)
-        return MOVED; /* errors and hang-ups are told by the next sendmsg or recvmsg */
-    if (ready == 0)
-        return TIMED_OUT;
-    return errno == EINTR ? SIGNALLED : FAILED;
-}
-
-/* Move bytes until all ranges are done or something happens that Python has to hear of. Runs without the GIL. */
-static Outcome move(int fd, int sending, Cursor *cursor, double seconds, double *deadline, uint64_t *total)
-{
-    struct iovec vectors[IOVECS_MAX];
-    for (;;) {
-        int filled = fill(cursor, vectors);
-        if (filled == 0)
-            return MOVED;
-        struct msghdr message = {.msg_iov = vectors, .msg_iovlen = (size_t)filled};
-        /* MSG_DONTWAIT: the socket may be a blocking one; the time limit is ours. */
-        ssize_t moved = sending ? sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT) : recvmsg(fd, &message, MSG_DONTWAIT);
-        if (moved > 0) {
-            advance(cursor, (uint64_t)moved);
-            *total += (uint64_t)moved;
-            *deadline = now() + seconds;
-            continue;
-        }
-        if (moved == 0 && !sending)
-            return CLOSED;
-        if (moved < 0 && errno == EINTR)
-            return SIGNALLED;
-        if (moved < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
-            return FAILED;
-        Outcome outcome = wait_ready(fd, sending ? POLLOUT : POLLIN, *deadline);
-        if (outcome != MOVED)
-            return outcome;
-    }
-}
-
-static PyObject *tell(Outcome outcome, int error, int sending, uint64_t total)
-{
-    const char *verb = sending ? "sent" : "received";
+    const char *verb = stream->sending ? "sent" : "received";
+    unsigned long long total = stream->total;
     switch (outcome) {
     case MOVED:
         return PyLong_FromUnsignedLongLong(total);
     case TIMED_OUT:
-        return PyErr_Format(PyExc_TimeoutError, "no progress after %llu bytes %s", (unsigned long long)total, verb);
+        return PyErr_Format(PyExc_TimeoutError, "no progress after %llu bytes %s", total, verb);
     case CLOSED:
-        return PyErr_Format(PyExc_ConnectionError, "the other side closed after %llu bytes %s", (unsigned long long)total, verb);
+        return PyErr_Format(PyExc_ConnectionError, "the other side closed after %llu bytes %s", total, verb);
     default:
-        return PyErr_Format(PyExc_ConnectionError, "%s after %llu bytes %s", strerror(error), (unsigned long long)total, verb);
+        return PyErr_Format(PyExc_ConnectionError, "%s after %llu bytes %s", strerror(error), total, verb);
     }
 }
 
-static PyObject *transfer(PyObject *const *args, Py_ssize_t nargs, int sending)
+/* args: fd, addresses, lengths, seconds. */
+static PyObject *transfer(PyObject *const *args, int sending, Hasher *hasher)
 {
     static const char *const names[] = {"addresses", "lengths"};
-    if (nargs != 4) {
-        PyErr_SetString(PyExc_TypeError, "(fd, addresses, lengths, seconds)");
-        return NULL;
-    }
     long fd = PyLong_AsLong(args[0]);
     if (fd == -1 && PyErr_Occurred())
         return NULL;
@@ -203,30 +149,57 @@ static PyObject *transfer(PyObject *const *args, Py_ssize_t nargs, int sending)
     Array arrays[2];
     if (take_equal(args + 1, names, 2, arrays) < 0)
         return NULL;
-    Cursor cursor = {.addresses = arrays[0].items, .lengths = arrays[1].items, .count = arrays[0].count};
-    uint64_t total = 0;
-    double deadline = now() + seconds;
+    Stream stream = {.fd = (int)fd, .sending = sending, .seconds = seconds, .hasher = hasher};
+    stream.addresses = arrays[0].items;
+    stream.lengths = arrays[1].items;
+    stream.count = (size_t)arrays[0].count;
+    stream_begin(&stream);
     Outcome outcome;
     int error, raised = 0;
     do {
         Py_BEGIN_ALLOW_THREADS
-        outcome = move((int)fd, sending, &cursor, seconds, &deadline, &total);
+        outcome = stream_run(&stream);
         error = errno;
         Py_END_ALLOW_THREADS
         raised = outcome == SIGNALLED && PyErr_CheckSignals() < 0;
     } while (outcome == SIGNALLED && !raised);
     give_arrays(arrays, 2);
-    return raised ? NULL : tell(outcome, error, sending, total);
+    return raised ? NULL : tell(outcome, error, &stream);
 }
 
 static PyObject *send_ranges(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    return transfer(args, nargs, 1);
+    if (nargs == 4)
+        return transfer(args, 1, NULL);
+    PyErr_SetString(PyExc_TypeError, "send_ranges(fd, addresses, lengths, seconds)");
+    return NULL;
 }
 
 static PyObject *recv_ranges(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    return transfer(args, nargs, 0);
+    if (nargs == 4)
+        return transfer(args, 0, NULL);
+    PyErr_SetString(PyExc_TypeError, "recv_ranges(fd, addresses, lengths, seconds)");
+    return NULL;
+}
+
+static PyObject *recv_blocks(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    if (nargs != 7) {
+        PyErr_SetString(PyExc_TypeError, "recv_blocks(fd, addresses, lengths, seconds, pages, seeds, digests)");
+        return NULL;
+    }
+    Py_ssize_t pages = PyLong_AsSsize_t(args[4]), ranges = PyObject_Length(args[1]);
+    if ((pages == -1 || ranges == -1) && PyErr_Occurred())
+        return NULL;
+    Array blocks[2];
+    if (take_blocks(args + 5, pages, ranges, blocks) < 0)
+        return NULL;
+    Hasher hasher;
+    hasher_begin(&hasher, blocks[0].items, blocks[1].items, (size_t)blocks[0].count, (size_t)pages);
+    PyObject *total = transfer(args, 0, &hasher);
+    give_arrays(blocks, 2);
+    return total;
 }
 
 /* --- generations ------------------------------------------------------------------------------------------------ */
@@ -300,8 +273,10 @@ static PyObject *address_of(PyObject *Py_UNUSED(module), PyObject *object)
 
 static PyMethodDef methods[] = {
     {"copy_ranges", (PyCFunction)(void (*)(void))copy_ranges, METH_FASTCALL, NULL},
+    {"copy_blocks", (PyCFunction)(void (*)(void))copy_blocks, METH_FASTCALL, NULL},
     {"send_ranges", (PyCFunction)(void (*)(void))send_ranges, METH_FASTCALL, NULL},
     {"recv_ranges", (PyCFunction)(void (*)(void))recv_ranges, METH_FASTCALL, NULL},
+    {"recv_blocks", (PyCFunction)(void (*)(void))recv_blocks, METH_FASTCALL, NULL},
     {"load_generations", load_generations, METH_VARARGS, NULL},
     {"store_generation", store_generation, METH_VARARGS, NULL},
     {"view", view, METH_VARARGS, NULL},

@@ -148,6 +148,12 @@ class Memory:
             delay = max(0.01, expiry - time.monotonic())
             self._expiry = asyncio.get_running_loop().call_later(delay, self._expire)
 
+    async def grown(self, region: int) -> None:
+        """Wait until the region has slots ahead of need or can't grow: for who fills it faster than memory is cleared."""
+        self._watch(region)
+        while region in self._growing:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
     async def _grow(self, region: int) -> None:
         arena, store = self.arenas[region], self.stores[region]
         try:

@@ -228,6 +228,7 @@ class Mover:
             region = self._session.region
             if job.cancelled or region is None or self._closing:
                 return
+            region.populate()  # what has grown since; nothing to do most times
             batch = Targets(job.sources.addresses[start : start + step], job.sources.page_bytes)
             job.saved += self._save_batch(job, region, job.keys[start : start + step], batch)
 

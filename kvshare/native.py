@@ -19,6 +19,8 @@ from kvshare import _native
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
+FUSED_BYTES_MIN = 241  # shorter blocks have another formula in xxh3, which only the xxhash package knows
+
 
 def copy_ranges(targets: U64, sources: U64, lengths: U64) -> None:
     """Copy ``lengths[i]`` bytes from ``sources[i]`` to ``targets[i]``, all uint64 [n]. Ranges must not overlap."""
@@ -77,6 +79,53 @@ def checksum(addresses: U64, lengths: U64, seed: int) -> int:
     for address, length in zip(addresses.tolist(), lengths.tolist(), strict=True):
         digest.update(view(address, length))
     return digest.intdigest()
+
+
+def checksums(addresses: U64, lengths: U64, seeds: U64) -> U64:
+    """The checksums (uint64 [blocks]) of blocks in one call.
+
+    addresses, lengths: uint64 [blocks, pages]; seeds: uint64 [blocks].
+    """
+    return _blocks(addresses, lengths, None, seeds)
+
+
+def copy_blocks(targets: U64, sources: U64, lengths: U64, seeds: U64) -> U64:
+    """Copy blocks and return the checksums (uint64 [blocks]) of what landed, taken while it is in the cache.
+
+    targets, sources, lengths: uint64 [blocks, pages]; seeds: uint64 [blocks].
+    """
+    return _blocks(targets, lengths, sources, seeds)
+
+
+def recv_blocks(fd: int, addresses: U64, lengths: U64, seeds: U64, rest: memoryview | bytearray, seconds: float) -> U64:
+    """Fill blocks, then ``rest`` (writable), from a connected socket; returns the blocks' checksums (uint64 [blocks]).
+
+    addresses, lengths: uint64 [blocks, pages]; seeds: uint64 [blocks]. Errors as in `send_ranges`.
+    """
+    where = np.append(addresses.reshape(-1), np.uint64(address_of(rest)))
+    sizes = np.append(lengths.reshape(-1), np.uint64(len(rest)))
+    if len(seeds) and int(lengths[0].sum()) >= FUSED_BYTES_MIN:
+        digests = np.empty(len(seeds), np.uint64)
+        _native.recv_blocks(fd, where, sizes, seconds, addresses.shape[1], _u64(seeds), digests)
+        return digests
+    _native.recv_ranges(fd, where, sizes, seconds)
+    return checksums(addresses, lengths, seeds)
+
+
+def _blocks(targets: U64, lengths: U64, sources: U64 | None, seeds: U64) -> U64:
+    assert targets.ndim == 2 and targets.shape == lengths.shape and len(targets) == len(seeds)
+    digests = np.empty(len(seeds), np.uint64)
+    if not len(seeds):
+        return digests
+    if int(lengths.sum(axis=1).min()) >= FUSED_BYTES_MIN:
+        origin = None if sources is None else _u64(sources)
+        _native.copy_blocks(_u64(targets), _u64(lengths), origin, targets.shape[1], _u64(seeds), digests)
+        return digests
+    if sources is not None:
+        copy_ranges(targets, sources, lengths)
+    for i, seed in enumerate(seeds.tolist()):
+        digests[i] = checksum(targets[i], lengths[i], seed)
+    return digests
 
 
 def _u64(array: U64) -> U64:

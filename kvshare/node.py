@@ -26,6 +26,7 @@ from kvshare.link import DirectoryLink
 from kvshare.memory import Memory
 from kvshare.messages import NodeDescription, NodeStatus, PeerLost, Stored
 from kvshare.node_session import NodeSession
+from kvshare.region import generation_now
 from kvshare.transport.choose import Transports, host_id
 from kvshare.warm import Warmer
 
@@ -110,10 +111,9 @@ class Node:
             self._stopping.set()
 
     def describe(self) -> NodeDescription:
-        epoch = max((arena.epoch for arena in self.memory.arenas.values()), default=0)
         endpoint = self.transports.endpoint()
         regions = self.memory.describe(self.name, endpoint)
-        return NodeDescription(self.name, max(epoch, self._epoch), self.host, endpoint, regions)
+        return NodeDescription(self.name, self._epoch, self.host, endpoint, regions)
 
     @property
     def name(self) -> str:
@@ -159,7 +159,7 @@ class Node:
         self._take_lock()
         self.transports = Transports(settings, self.host, serve=self._clustered)
         self.memory = Memory(settings, self.transports, self.host, self._changed, self._described_anew)
-        self._epoch = int.from_bytes(os.urandom(4), "big")
+        self._epoch = generation_now()  # grows with every start, whatever the arenas do
         self.link = DirectoryLink(
             settings, self._resolve, self.describe, self.memory.inventory, self._peer_joined, self._peer_lost
         )

@@ -155,6 +155,7 @@ class Warmer:
         """Returns False when this donor is of no more use."""
         length = items[0].location.length
         own, store = await self._memory.region_for(length)
+        await self._memory.grown(own.region)  # else we would evict what we have just pulled
         reserved = store.reserve([item.key for item in items], length, OWNER, time.monotonic())
         chosen = [(item, slot, generation) for item, (slot, generation) in zip(items, reserved, strict=True) if slot >= 0]
         self._memory.flush(own.region)
