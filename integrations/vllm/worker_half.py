@@ -1,0 +1,122 @@
+"""The connector's half in the engine's worker process: carries out what the scheduler's half planned for a step.
+
+    prepare ──> start_loads ──> (forward) ──> start_saves ──> finished ──> failed_blocks, stats
+
+Saves hold no blocks: a block that this step may overwrite is taken out of the pending saves first (`prepare`): dropped if its
+copy has not begun, else waited for, a memory copy. Loads hold theirs: vLLM frees a waiting request's blocks only after
+`finished` named it, whatever became of it.
+
+Threads: the engine's, except `_arrived`, called in a thread of the mover.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from kvshare.integrations.vllm.metadata import Load, StepMetadata, TransferStats
+from kvshare.integrations.vllm.pages import Pages, Saving
+from kvshare.transport.base import BlockStatus, Completion
+
+log = logging.getLogger("kvshare")
+
+# In a step without a forward the engine only waits for loads: longer than one takes, shorter than a new request would mind.
+ARRIVAL_SECONDS = 0.005
+FLUSH_SECONDS = 1.0  # a copy that takes longer is worth a line in the log
+
+
+class WorkerHalf:
+    """See the module's docstring. ``close_all`` ends what ``pages`` stands on."""
+
+    def __init__(self, pages: Pages, close_all: Callable[[], None]) -> None:
+        self._pages = pages
+        self._close_all = close_all
+        self._step: StepMetadata | None = None
+        self._saves: list[tuple[Saving, frozenset[int]]] = []
+        self._loads: dict[str, Load] = {}
+        self._arrivals: list[tuple[Load, Completion]] = []
+        self._arrival = threading.Condition()
+        self._failed: set[int] = set()
+        self._stats = TransferStats.of(None)
+
+    def prepare(self, step: StepMetadata) -> None:
+        """Before anything of this step writes to the KV cache. May be called several times for a step."""
+        if step is not self._step:
+            self._step = step
+            self._forget_done()
+            self._flush(step.overwritten)
+            for load in step.loads:
+                self._loads[load.request_id] = load
+                self._pages.load(load.plan, load.block_ids).then(partial(self._arrived, load))
+
+    def start_saves(self, step: StepMetadata) -> None:
+        """After the forward of this step was given to the device."""
+        for save in step.saves:
+            self._saves.append((self._pages.save(save.keys, save.block_ids), frozenset(save.block_ids)))
+
+    def finished(self, step: StepMetadata) -> set[str]:
+        """Requests whose loads have ended, well or not, each named once."""
+        with self._arrival:
+            if not self._arrivals and self._loads and not step.forward:
+                self._arrival.wait(ARRIVAL_SECONDS)
+            arrivals, self._arrivals = self._arrivals, []
+        for load, completion in arrivals:
+            del self._loads[load.request_id]
+            self._account(load, completion, worthless=load.epoch != step.epoch)
+        return {load.request_id for load, _ in arrivals}
+
+    def failed_blocks(self) -> set[int]:
+        """Blocks of the loads named by the last `finished` whose content is undefined: the engine recomputes them."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def stats(self) -> TransferStats | None:
+        """What happened since the last call, or None."""
+        if self._stats.is_empty():
+            return None
+        stats, self._stats = self._stats, TransferStats.of(None)
+        return stats
+
+    def close(self) -> None:
+        self._close_all()
+        self._pages.close()
+
+    def _arrived(self, load: Load, completion: Completion) -> None:
+        with self._arrival:
+            self._arrivals.append((load, completion))
+            self._arrival.notify()
+
+    def _account(self, load: Load, completion: Completion, worthless: bool) -> None:
+        statuses = completion.statuses
+        bad = np.arange(len(statuses)) if worthless else np.flatnonzero(statuses != BlockStatus.OK)
+        self._failed.update(load.block_ids[i] for i in bad.tolist())
+        self._stats.add("blocks_loaded", len(statuses) - len(bad))
+        self._stats.add("bytes_loaded", 0 if worthless else completion.bytes)
+        self._stats.add("blocks_failed", len(bad))
+        if len(bad):
+            reason = "weights have changed" if worthless else completion.error
+            log.info("kvshare: %d of %d blocks of a request are recomputed: %s", len(bad), len(statuses), reason)
+
+    def _forget_done(self) -> None:
+        pending = []
+        for saving, blocks in self._saves:
+            if saving.done:
+                self._stats.add("blocks_saved", saving.saved)
+            else:
+                pending.append((saving, blocks))
+        self._saves = pending
+
+    def _flush(self, overwritten: list[int]) -> None:
+        if not self._saves or not overwritten:
+            return
+        hit = [saving for saving, blocks in self._saves if not blocks.isdisjoint(overwritten)]
+        for saving in hit:
+            saving.cancel()
+        for saving in hit:
+            # No way around: what has begun to be copied must not change under the copy.
+            while not saving.wait(FLUSH_SECONDS):
+                log.warning("kvshare: a step waits for blocks that are being saved")
