@@ -1,0 +1,44 @@
+/* Moving bytes between ranges of memory and sockets, hashing blocks on the way. No Python in here. */
+#ifndef KVSHARE_MOVES_H
+#define KVSHARE_MOVES_H
+
+#include "_xxh3.h"
+
+typedef enum { MOVED, TIMED_OUT, CLOSED, FAILED, SIGNALLED } Outcome;
+
+/* Blocks of `pages` successive ranges each: their checksums are made while their bytes are in the cache. */
+typedef struct {
+    const uint64_t *seeds;
+    uint64_t *digests;
+    size_t count; /* blocks; ranges behind the last one are not hashed */
+    size_t pages;
+    size_t range; /* the range under way */
+    Xxh3 state;
+} Hasher;
+
+void hasher_begin(Hasher *hasher, const uint64_t *seeds, uint64_t *digests, size_t count, size_t pages);
+
+/* Copy ranges; with sources NULL only hash. With hasher NULL only copy. */
+void copy_all(const uint64_t *targets, const uint64_t *sources, const uint64_t *lengths, size_t count, Hasher *hasher);
+
+/* A transfer through a socket: all of its ranges, in order. */
+typedef struct {
+    int fd;
+    int sending;
+    const uint64_t *addresses;
+    const uint64_t *lengths;
+    size_t count;
+    size_t range;    /* the range under way */
+    uint64_t offset; /* bytes of it that are done */
+    uint64_t total;
+    double seconds; /* longest time without progress */
+    double deadline;
+    Hasher *hasher; /* or NULL */
+} Stream;
+
+void stream_begin(Stream *stream);
+
+/* Move on until all ranges are done or something happens that the caller must hear of; SIGNALLED: call again. */
+Outcome stream_run(Stream *stream);
+
+#endif
