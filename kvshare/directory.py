@@ -1,0 +1,400 @@
+"""The cluster's directory as a pure state machine: events in, commands out, time is an argument.
+
+    Connected ─> Heard(Join) ──────────> Welcome to it, NodeJoined to the others
+                 Heard(Publish full) ──> its inventory is replaced
+                 Heard(Publish) ───────> its inventory changes, if the sequence has no gap; else Resync, once
+                 Heard(Find, AskPlan, Declare, AskDirectory) ──> an answer
+                 Heard(Report) ────────> what is hot
+    Disconnected, Lost, Tick past the heartbeat ──> its inventory is forgotten, NodeLost to the others
+
+Nothing here is kept anywhere else: a directory that starts anew is filled by its nodes within a publish of each. A stale
+entry costs a reader one failed validation, so the directory may be late but must not be wrong for long: inventories follow
+sequence numbers, and whoever ends a connection is forgotten at once (coming back means publishing everything again).
+
+Events name connections, not nodes: a node may have two for a while, the broken one and its successor.
+
+Threads: none; one caller. `kvshare.directory_server` puts sockets around it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvshare.config import Settings
+from kvshare.hotness import Hotness
+from kvshare.index import Index, MemoryIndex
+from kvshare.keys import KEY_BYTES_MAX, PREFIX_BYTES, Namespace
+from kvshare.messages import (
+    PROTOCOL_VERSION,
+    AskDirectory,
+    AskPlan,
+    Beat,
+    Declare,
+    Declared,
+    DirectoryStatus,
+    Find,
+    Found,
+    Join,
+    Location,
+    Message,
+    NodeDescription,
+    NodeJoined,
+    NodeLost,
+    Plan,
+    Publish,
+    Report,
+    Resync,
+    Welcome,
+)
+from kvshare.plan import plan_warm
+
+HEARTBEATS_MISSED_MAX = 3
+HOT_KEYS_MAX = 1 << 18  # at 16 tokens a block: the hottest four million tokens
+PLAN_BLOCKS_MAX = 1 << 15  # looked at for one plan
+DONORS_MAX = 8  # to choose from for one block of a plan
+FIND_KEYS_MAX = 1 << 16  # answered in one message; the rest is said to be unknown
+FOUND_LOCATIONS_MAX = 3
+NAMESPACES_MAX = 256  # the most recently declared
+NAMESPACES_TOLD_MAX = 3
+
+
+@dataclass(frozen=True)
+class Connected:
+    """Someone who knows the secret connected. ``connection`` is a number that is never used again."""
+
+    connection: int
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A message (of `ToDirectory`) came in on a connection."""
+
+    connection: int
+    message: Message
+
+
+@dataclass(frozen=True)
+class Disconnected:
+    """A connection ended, whoever ended it."""
+
+    connection: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Someone who supervises nodes (Ray) says that this one is dead."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed: see `Directory.next_deadline`."""
+
+
+Event = Connected | Heard | Disconnected | Lost | Tick
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send a message (of `FromDirectory`)."""
+
+    connection: int
+    message: Message
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Send one message to several connections."""
+
+    connections: tuple[int, ...]
+    message: Message
+
+
+@dataclass(frozen=True)
+class Close:
+    """End a connection. The directory has forgotten it already; its `Disconnected` is ignored."""
+
+    connection: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tell:
+    """A line for the log, said once."""
+
+    text: str
+
+
+Command = Send | Broadcast | Close | Tell
+
+
+class _Peer:
+    """A connection and, once it joined, its node."""
+
+    def __init__(self, connection: int, heard: float) -> None:
+        self.connection = connection
+        self.heard = heard
+        self.description: NodeDescription | None = None
+        self.sequence: int | None = None  # of its last publish; None: only a full one will do
+
+
+class _Misbehaved(Exception):
+    """The connection broke the protocol; the text says how."""
+
+
+class Directory:
+    """See the module's docstring. ``epoch`` tells this start of the directory from others."""
+
+    def __init__(self, settings: Settings, epoch: int = 1, index: Index | None = None) -> None:
+        self._settings = settings
+        self._epoch = epoch
+        self._index: Index = MemoryIndex(settings.index_keys_max) if index is None else index
+        self._hotness = Hotness(settings.hot_half_life_seconds, HOT_KEYS_MAX)
+        self._patience_seconds = HEARTBEATS_MISSED_MAX * settings.heartbeat_seconds
+        self._peers: OrderedDict[int, _Peer] = OrderedDict()  # by connection, longest unheard first
+        self._nodes: dict[str, _Peer] = {}  # those that joined, by name
+        self._busy_until: dict[str, float] = {}  # donors: when the plans made so far should be done
+        self._namespaces: OrderedDict[bytes, Namespace] = OrderedDict()  # by family, latest last
+        self._counters: Counter[str] = Counter()
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    def next_deadline(self) -> float | None:
+        """When the caller should `Tick` if nothing happens before; None while nobody is connected."""
+        for peer in self._peers.values():
+            return peer.heard + self._patience_seconds
+        return None
+
+    def status(self, ask: int = 0) -> DirectoryStatus:
+        """Who is here and how much is known."""
+        nodes = [peer.description for peer in self._nodes.values() if peer.description is not None]
+        counters = {**self._counters, "locations": self._index.locations(), "hot_keys": len(self._hotness)}
+        return DirectoryStatus(ask, self._epoch, nodes, len(self._index), counters)
+
+    def check(self) -> list[str]:
+        """Problems found, one sentence each; empty when all is well."""
+        problems = self._index.check() + self._hotness.check()
+        problems += [f"the index names {name}, which is not here" for name in self._index.nodes() - self._nodes.keys()]
+        for name, peer in self._nodes.items():
+            if self._peers.get(peer.connection) is not peer:
+                problems.append(f"node {name} has no connection")
+            if peer.description is None or peer.description.node != name:
+                problems.append(f"node {name} is described as {peer.description}")
+        joined = sum(peer.description is not None for peer in self._peers.values())
+        if joined != len(self._nodes):
+            problems.append(f"{joined} connections joined, {len(self._nodes)} nodes are known")
+        heard = [peer.heard for peer in self._peers.values()]
+        if heard != sorted(heard):
+            problems.append("connections are out of the order in which they were heard")
+        return problems
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Take one event; returns what is to be done, in this order. ``now`` in seconds, never going back."""
+        match event:
+            case Heard(connection=connection, message=message):
+                return self._heard(connection, message, now)
+            case Connected(connection=connection):
+                assert connection not in self._peers
+                self._peers[connection] = _Peer(connection, now)
+                return []
+            case Disconnected(connection=connection):
+                peer = self._peers.get(connection)
+                return [] if peer is None else self._forget(peer)
+            case Lost(node=name):
+                peer = self._nodes.get(name)
+                return [] if peer is None else self._part(peer, f"node {name} is said to be dead")
+            case Tick():
+                return self._tick(now)
+
+    def _heard(self, connection: int, message: Message, now: float) -> list[Command]:
+        peer = self._peers.get(connection)
+        if peer is None:
+            return []  # closed by us; this was on its way
+        peer.heard = now
+        self._peers.move_to_end(connection)
+        try:
+            match message:
+                case Join():
+                    return self._join(peer, message)
+                case AskDirectory(ask=ask):
+                    return [Send(connection, self.status(ask))]
+            if peer.description is None:
+                raise _Misbehaved(f"sent {type(message).__name__} before it joined")
+            return self._heard_from_node(peer, peer.description, message, now)
+        except _Misbehaved as error:
+            who = f"connection {connection}" if peer.description is None else f"node {peer.description.node}"
+            return self._part(peer, f"{who} {error}")
+
+    def _heard_from_node(self, peer: _Peer, node: NodeDescription, message: Message, now: float) -> list[Command]:
+        match message:
+            case Publish():
+                return self._publish(peer, node, message)
+            case Find(ask=ask, keys=wanted):
+                return [Send(peer.connection, Found(ask, self._find(node, wanted)))]
+            case Report(chains=chains):
+                self._counters["reports"] += 1
+                for chain in chains:
+                    _require_keys(chain)
+                    self._hotness.touch(chain, now)
+                return []
+            case AskPlan():
+                return [Send(peer.connection, self._plan(node, message, now))]
+            case Declare(ask=ask, namespace=namespace):
+                return [Send(peer.connection, Declared(ask, self._declare(namespace)))]
+            case Beat():
+                return []
+        raise _Misbehaved(f"sent {type(message).__name__}, which is no message to a directory")
+
+    def _tick(self, now: float) -> list[Command]:
+        commands: list[Command] = []
+        # next_deadline's own sum: a difference could round to just below the patience, and a caller that ticks at the
+        # deadline would tick again and again.
+        while (deadline := self.next_deadline()) is not None and deadline <= now:
+            peer = next(iter(self._peers.values()))
+            name = "a connection" if peer.description is None else f"node {peer.description.node}"
+            commands += self._part(peer, f"{name} was not heard of for {self._patience_seconds} s")
+        return commands
+
+    # --- who is here --------------------------------------------------------------------------------------------------
+
+    def _join(self, peer: _Peer, join: Join) -> list[Command]:
+        if join.version != PROTOCOL_VERSION:
+            raise _Misbehaved(f"speaks protocol {join.version}, we speak {PROTOCOL_VERSION}: run one version of kvshare")
+        node = join.node
+        if peer.description is not None:
+            return self._describe_anew(peer, peer.description, node)
+        commands: list[Command] = []
+        rival = self._nodes.get(node.node)
+        if rival is not None:
+            assert rival.description is not None
+            if node.epoch < rival.description.epoch:
+                # Were it a restart whose old connection lingers, the heartbeat ends that one soon.
+                raise _Misbehaved(f"wants the name {node.node!r} of a later start: give every host its own 'node_name'")
+            commands.append(Close(rival.connection, f"node {node.node} joined again on another connection"))
+            self._remove(rival)
+        self._counters["joins"] += 1
+        peer.description = node
+        others = [other.description for other in self._nodes.values() if other.description is not None]
+        self._nodes[node.node] = peer
+        return [*commands, Send(peer.connection, Welcome(self._epoch, others)), *self._tell_others(peer, NodeJoined(node))]
+
+    def _describe_anew(self, peer: _Peer, known: NodeDescription, node: NodeDescription) -> list[Command]:
+        if node.node != known.node:
+            raise _Misbehaved(f"joined again as {node.node}")
+        if node == known:
+            return []
+        peer.description = node
+        commands = self._tell_others(peer, NodeJoined(node))
+        if node.epoch != known.epoch:
+            # What it published belongs to its old epoch.
+            self._index.drop(node.node)
+            peer.sequence = None
+            commands.append(Send(peer.connection, Resync()))
+        return commands
+
+    def _part(self, peer: _Peer, reason: str) -> list[Command]:
+        """Forget a connection that is still open."""
+        return [Close(peer.connection, reason), *self._forget(peer)]
+
+    def _forget(self, peer: _Peer) -> list[Command]:
+        self._remove(peer)
+        if peer.description is None:
+            return []
+        self._counters["losses"] += 1
+        return self._tell_others(peer, NodeLost(peer.description.node))
+
+    def _remove(self, peer: _Peer) -> None:
+        del self._peers[peer.connection]
+        if peer.description is not None:
+            name = peer.description.node
+            assert self._nodes[name] is peer
+            del self._nodes[name]
+            self._index.drop(name)
+            self._busy_until.pop(name, None)
+
+    def _tell_others(self, peer: _Peer, message: Message) -> list[Command]:
+        others = tuple(other.connection for other in self._nodes.values() if other is not peer)
+        return [Broadcast(others, message)] if others else []
+
+    # --- what they hold -----------------------------------------------------------------------------------------------
+
+    def _publish(self, peer: _Peer, node: NodeDescription, publish: Publish) -> list[Command]:
+        if publish.node != node.node:
+            raise _Misbehaved(f"publishes for {publish.node}")
+        _require_keys(block.key for block in publish.stored)
+        self._counters["publishes"] += 1
+        if publish.full and publish.epoch == node.epoch:
+            self._index.drop(node.node)
+        elif peer.sequence is None:
+            return []  # its full inventory is on its way
+        elif publish.epoch != node.epoch or publish.sequence != peer.sequence + 1:
+            peer.sequence = None
+            self._counters["resyncs"] += 1
+            return [Send(peer.connection, Resync())]
+        peer.sequence = publish.sequence
+        self._index.remove(node.node, publish.removed)
+        refused = self._index.add(node.node, publish.stored)
+        first = refused > 0 and self._counters["refused"] == 0
+        self._counters["refused"] += refused
+        if not first:
+            return []
+        limit = self._settings.index_keys_max
+        return [Tell(f"the directory is full (setting 'index_keys_max' is {limit}): more blocks are not shared; raise it")]
+
+    def _find(self, node: NodeDescription, wanted: list[bytes]) -> list[list[Location]]:
+        self._counters["finds"] += 1
+        found = self._index.locate(wanted[:FIND_KEYS_MAX], node.node, FOUND_LOCATIONS_MAX)
+        for places in found:
+            if len(places) > 1:
+                places.sort(key=lambda where: self._host_of(where.node) != node.host_id)  # stable: freshest first in each
+        return found + [[] for _ in wanted[FIND_KEYS_MAX:]]
+
+    def _host_of(self, name: str) -> str:
+        description = self._nodes[name].description
+        assert description is not None
+        return description.host_id
+
+    # --- what is hot --------------------------------------------------------------------------------------------------
+
+    def _plan(self, node: NodeDescription, ask: AskPlan, now: float) -> Plan:
+        self._counters["plans"] += 1
+        held = self._index.held_by(node.node)
+        plan = plan_warm(
+            self._hotness.hottest(ask.family, PLAN_BLOCKS_MAX),
+            lambda key: key in held,
+            lambda key: self._index.locate([key], node.node, DONORS_MAX)[0],
+            lambda name: self._reaches(node, name),
+            ask.bytes_max,
+            ask.seconds_max,
+            {name: until - now for name, until in self._busy_until.items() if until > now},
+        )
+        for name, seconds in plan.seconds.items():
+            self._busy_until[name] = max(now, self._busy_until.get(name, now)) + seconds
+        return Plan(ask.ask, plan.items, plan.present)
+
+    def _reaches(self, node: NodeDescription, name: str) -> bool:
+        peer = self._nodes.get(name)
+        if peer is None or peer.description is None:
+            return False
+        return peer.description.host_id == node.host_id or bool(peer.description.endpoint)
+
+    def _declare(self, namespace: Namespace) -> list[Namespace]:
+        """Remember a namespace; the nearest others, most alike first."""
+        family = namespace.family()
+        others = [other for known, other in self._namespaces.items() if known != family]
+        self._namespaces[family] = namespace
+        self._namespaces.move_to_end(family)
+        if len(self._namespaces) > NAMESPACES_MAX:
+            self._namespaces.popitem(last=False)
+        return sorted(others, key=lambda other: len(namespace.differing(other)))[:NAMESPACES_TOLD_MAX]
+
+
+def _require_keys(keys: Iterable[bytes]) -> None:
+    """Whatever a node says, no key costs us more than it should."""
+    if not all(PREFIX_BYTES < len(key) <= KEY_BYTES_MAX for key in keys):
+        raise _Misbehaved("sent a key of a length that no key has")

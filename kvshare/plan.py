@@ -1,0 +1,78 @@
+"""Which blocks a joining node should pull, and from whom: a pure function of what is hot and who holds it.
+
+    hottest first ──> held by the asking node?  ──yes──> present
+                  ──> the block before it held or planned?  ──no──> of no use, skipped
+                  ──> donors that are reachable and have time left  ──none──> skipped, and what follows it
+                  ──> the least loaded donor gives it
+
+The plan is prefix-closed: whatever it is cut to (bytes, seconds, a donor's death), each block in it can be used as soon as
+those before it are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvshare.hotness import NO_PARENT, HotKey
+from kvshare.messages import Location, WarmItem
+
+# What a plan assumes of one donor. Not a measurement: it turns a deadline into a share, and being wrong by a factor only
+# makes a plan too short or lets it be cut by the node's own deadline.
+DONOR_BYTES_PER_SECOND = 1 << 30
+
+
+@dataclass(frozen=True)
+class WarmPlan:
+    """``items`` hottest first; ``present`` more hot blocks are on the asking node; ``seconds`` of work for each donor."""
+
+    items: list[WarmItem]
+    present: int
+    seconds: dict[str, float]
+
+
+def plan_warm(
+    ranked: Iterable[HotKey],
+    holds: Callable[[bytes], bool],
+    locate: Callable[[bytes], Sequence[Location]],
+    reachable: Callable[[str], bool],
+    bytes_max: int,
+    seconds_max: float,
+    busy: Mapping[str, float] | None = None,
+    donor_bytes_per_second: float = DONOR_BYTES_PER_SECOND,
+) -> WarmPlan:
+    """Plan for one node.
+
+    ranked: a prefix-closed ranking, hottest first. holds: does the asking node hold this block? locate: where others do.
+    reachable: is this node alive and can the asking node read from it? busy: seconds of work that donors have been given by
+    other plans; it spreads the load and takes nothing from this plan's time. The plan ends before the first block that would
+    take it over ``bytes_max``, and gives no donor more than ``seconds_max`` of work.
+    """
+    usable = {NO_PARENT}
+    items: list[WarmItem] = []
+    seconds: dict[str, float] = {}
+    busy = busy or {}
+    present = planned_bytes = 0
+
+    for key, parent in ranked:
+        if parent not in usable:
+            continue
+        if holds(key):
+            present += 1
+            usable.add(key)
+            continue
+        choices = [where for where in locate(key) if reachable(where.node)]
+        choices = [
+            where for where in choices if seconds.get(where.node, 0.0) + where.length / donor_bytes_per_second <= seconds_max
+        ]
+        if not choices:
+            continue
+        # min takes the first of equals: locate names the freshest first.
+        chosen = min(choices, key=lambda where: busy.get(where.node, 0.0) + seconds.get(where.node, 0.0))
+        if planned_bytes + chosen.length > bytes_max:
+            break
+        planned_bytes += chosen.length
+        seconds[chosen.node] = seconds.get(chosen.node, 0.0) + chosen.length / donor_bytes_per_second
+        items.append(WarmItem(key, chosen))
+        usable.add(key)
+    return WarmPlan(items, present, seconds)
