@@ -163,7 +163,8 @@ class Node:
         self.link = DirectoryLink(
             settings, self._resolve, self.describe, self.memory.inventory, self._peer_joined, self._peer_lost
         )
-        self.warmer = Warmer(self.memory, self.link, self.transports, settings.warm_bytes, settings.warm_seconds)
+        warm_bytes = settings.warm_bytes if self._clustered else 0  # alone, there is nobody to pull from
+        self.warmer = Warmer(self.memory, self.link, self.transports, warm_bytes, settings.warm_seconds)
         linking: asyncio.Task[None] | None = None
         server: asyncio.Server | None = None
         try:
