@@ -12,14 +12,14 @@ from typing import Any
 
 from common import BLOCK_TOKENS, Engine, Fleet, arguments, progress, prompt, report, saved_blocks, summary, wait_saved
 
-PREFILL_PROMPTS, PREFILL_TOKENS = 4, 2000
+PREFILL_PROMPTS, PREFILL_TOKENS = 2, 2000
 DECODE_PROMPTS, DECODE_PROMPT_TOKENS, DECODE_TOKENS = 4, 32, 240  # two blocks of 128 tokens each
 PAUSE_SECONDS = 0.5  # saves of a round's last step end in it, so that they do not burden the other engine's round
 
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    rounds = 3 if options.quick else 8
+    rounds = 3 if options.quick else 15
     with Fleet() as fleet:
         fleet.start_directory()
         settings = fleet.settings("node", warm_bytes=0, arena_bytes=2 << 30)
