@@ -7,8 +7,8 @@ held for a save: `StepMetadata.overwritten` names what a step may write to, and 
 Read path. `arrived` asks the session about a new request's chain; `matched` answers from what is known, or "ask again" while
 the question travels (bounded by ``lookup_seconds``); `allocated` turns the answer into a load; the worker reports its end.
 
-    WAITING ─ matched: None ─> ask again      matched: n > 0 ─ allocated ─> loading ─ loads_ended ─> scheduled, computes the rest
-       └───── matched: 0 ────> computes                                        └─ blocks failed ─> recomputed, not asked again
+    WAITING ─ matched: None ─> ask again     matched: n > 0 ─ allocated ─> loading ─ loads_ended ─> scheduled, computes the rest
+       └───── matched: 0 ────> computes                                       └─ blocks failed ─> recomputed, not asked again
 
 Two requests that want one block: the second waits until the first one's load has ended, then finds it in vLLM's own cache.
 
