@@ -1,7 +1,8 @@
 """Settings: one frozen dataclass, read once, validated once, never rewritten.
 
-Sources, later wins: defaults, environment (``KVSHARE_ARENA_BYTES=8GiB``), a mapping (vLLM's ``kv_connector_extra_config``,
-keyword arguments of the Python API, options of the command line). An unknown or unusable setting is a `ConfigError` whose
+Sources, later wins: defaults, the card of the Ray node that we run on (`kvshare.cards`), environment
+(``KVSHARE_ARENA_BYTES=8GiB``), a mapping (vLLM's ``kv_connector_extra_config``, keyword arguments of the Python API, options
+of the command line). An unknown or unusable setting is a `ConfigError` whose
 one sentence names the setting, the value and the remedy.
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvshare import cards
 from kvshare.errors import ConfigError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -76,7 +78,8 @@ class Settings:
 
     @classmethod
     def load(cls, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read defaults, environment and ``overrides``.
+        """Read defaults, the Ray node's card (unless ``node_name`` or ``runtime_dir`` say which node), environment and
+        ``overrides``.
 
         Raises:
             ConfigError: unknown setting, or a value that cannot be used.
@@ -88,6 +91,10 @@ class Settings:
                 given[variable.removeprefix(PREFIX).lower()] = (variable, value)
         for name, value in (overrides or {}).items():
             given[name] = (name, value)
+        if not given.keys() & {"node_name", "runtime_dir"}:
+            cluster = given["cluster"][1] if "cluster" in given else None
+            for name, value in cards.locate(_default_runtime_dir(), environ, cluster).items():
+                given.setdefault(name, (f"{name} (on the Ray node's card)", value))
         known = {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         for name, (spelled, value) in given.items():

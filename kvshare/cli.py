@@ -1,0 +1,276 @@
+"""The command ``kvshare``: run a node or a directory, look at them, wait for warmth, check, stop, clean.
+
+Settings come from the environment (``KVSHARE_ARENA_BYTES=8GiB``) and from ``--set arena_bytes=8GiB``, which wins. A wrong one
+is one line on stderr and exit status 2. Other failures are one line and exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import msgspec
+
+from kvshare.config import Settings
+from kvshare.errors import ConfigError, KVShareError, RegionError, Unavailable
+
+log = logging.getLogger("kvshare")
+
+ANSWER_SECONDS = 5.0
+STOP_SECONDS = 30.0  # giving back a large arena takes a while
+RETRY_SECONDS = 0.2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        settings = Settings.load(_overrides(options.set))
+        return int(options.run(settings, options))
+    except ConfigError as error:
+        print(f"kvshare: {error}", file=sys.stderr)
+        return 2
+    except (KVShareError, OSError) as error:
+        print(f"kvshare: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvshare", description="Shares KV blocks between vLLM workers.")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, as arena_bytes=8GiB; may be repeated"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Settings, argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, parents=[common], help=help, description=help)
+        made.set_defaults(run=run)
+        return made
+
+    node = command("node", _node, "run this host's node until it is stopped")
+    node.add_argument("--autostarted", action="store_true", help="end when there were no sessions for idle_exit_seconds")
+    node.add_argument("--keep-arena", action="store_true", help="leave the arena's files for the next node when stopped")
+    command("directory", _directory, "run the cluster's directory until it is stopped; prints its 'host:port'")
+    status = command("status", _status, "say what this host's node holds and whom it serves")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    command("stop", _stop, "stop this host's node and give its memory back")
+    warm = command("wait-warm", _wait_warm, "exit 0 when the engines' warm plans are done, 1 when they are not in time")
+    warm.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="wait this long (default: 60)")
+    command("check", _check, "verify this host's arena; exit 0 when all is well")
+    command("clean", _clean, "remove what killed nodes of this cluster left on this host")
+    return parser
+
+
+def _overrides(given: list[str]) -> dict[str, str]:
+    overrides = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"option '--set' cannot be {text!r}: use NAME=VALUE.")
+        overrides[name.strip()] = value
+    return overrides
+
+
+# --- servers --------------------------------------------------------------------------------------------------------
+
+
+class _Signalled(BaseException):
+    """SIGTERM or SIGINT came. Like KeyboardInterrupt, no handler of ordinary errors may swallow it."""
+
+
+@contextmanager
+def _until_signalled() -> Iterator[None]:
+    """Run the body until it ends or a signal comes. From then on signals are ignored: stopping is not cut short."""
+
+    def signalled(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise _Signalled
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signalled)
+    try:
+        yield
+    except _Signalled:
+        pass
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _node(settings: Settings, options: argparse.Namespace) -> int:
+    from kvshare.node import Node
+
+    _log_to_stderr()
+    node = Node(settings, idle_exit=options.autostarted)
+    try:
+        with _until_signalled():
+            node.start()
+            log.info("kvshare: node %s listens at %s", settings.node_name, settings.socket_path)
+            node.join()
+    finally:
+        node.stop(unlink=not options.keep_arena)
+    return 0
+
+
+def _directory(settings: Settings, _options: argparse.Namespace) -> int:
+    from kvshare.directory_server import DirectoryServer
+
+    _log_to_stderr()
+    server = DirectoryServer(settings)
+    try:
+        with _until_signalled():
+            server.start()
+            print(server.endpoint, flush=True)  # for scripts, when port=0 took a free one
+            server.join()
+    finally:
+        server.stop()
+    return 0
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        level=os.environ.get("KVSHARE_LOG_LEVEL", "INFO"), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+
+
+# --- questions ------------------------------------------------------------------------------------------------------
+
+
+def _status(settings: Settings, options: argparse.Namespace) -> int:
+    from kvshare.messages import AskStatus, NodeStatus
+    from kvshare.session import call
+
+    status = call(settings, AskStatus, ANSWER_SECONDS)
+    if not isinstance(status, NodeStatus):
+        raise Unavailable(f"the node at {settings.socket_path} answered {status!r}")
+    described: dict[str, Any] = {
+        "node": status.node.node,
+        "epoch": status.node.epoch,
+        "endpoint": status.node.endpoint,
+        "directory": status.directory,
+        "sessions": status.sessions,
+        "regions": [msgspec.structs.asdict(region) for region in status.node.regions],
+        "counters": status.counters,
+    }
+    if options.json:
+        print(json.dumps(described, indent=2))
+        return 0
+    for name in ("node", "endpoint", "directory", "sessions"):
+        print(f"{name:<12}{described[name] if described[name] != '' else '-'}")
+    for region in status.node.regions:
+        print(f"{'region':<12}slots of {region.slot_bytes} bytes, at most {region.slots}, in {region.data_path}")
+    for name, count in sorted(status.counters.items()):
+        print(f"{'counter':<12}{name} {count}")
+    return 0
+
+
+def _stop(settings: Settings, _options: argparse.Namespace) -> int:
+    from kvshare.messages import Stop
+    from kvshare.session import call
+
+    path = Path(settings.socket_path)
+    lock = path.with_suffix(".lock")
+    if not _is_owned(lock):
+        print(f"no node runs at {path}")
+        return 0
+    try:
+        call(settings, Stop, ANSWER_SECONDS)
+    except Unavailable as error:
+        log.debug("kvshare: %s", error)  # a node that stops may close the connection before its answer is read
+    deadline = time.monotonic() + STOP_SECONDS
+    while _is_owned(lock):
+        if time.monotonic() > deadline:
+            raise Unavailable(f"the node at {path} did not stop within {STOP_SECONDS:g} s: kill it, then run 'kvshare clean'")
+        time.sleep(0.05)
+    print(f"stopped the node at {path}")
+    return 0
+
+
+def _is_owned(lock: Path) -> bool:
+    """Does a living node hold this lock?"""
+    import fcntl
+
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _wait_warm(settings: Settings, options: argparse.Namespace) -> int:
+    from kvshare.messages import AskWarm
+    from kvshare.session import call, warm_state
+
+    deadline = time.monotonic() + options.timeout
+    why = ""
+    while True:
+        left = max(0.0, deadline - time.monotonic())
+        try:
+            # An empty family: all that the engines of this node want. Without any engine yet it is not done.
+            state = warm_state(call(settings, partial(AskWarm, family=b"", wait_seconds=left), left + ANSWER_SECONDS))
+        except Unavailable as error:
+            why = str(error)
+        else:
+            if state.done:
+                print(
+                    f"warm: {state.wanted} blocks wanted, {state.present} were here, {state.pulled} pulled "
+                    f"({state.bytes_pulled / 2**20:.1f} MiB in {state.seconds:.2f} s)"
+                )
+                return 0
+            why = f"{state.pulled + state.present} of {state.wanted} blocks are here"
+        if time.monotonic() + RETRY_SECONDS > deadline:
+            print(f"kvshare: not warm within {options.timeout:g} s: {why}", file=sys.stderr)
+            return 1
+        time.sleep(RETRY_SECONDS)
+
+
+def _check(settings: Settings, _options: argparse.Namespace) -> int:
+    from kvshare.messages import AskStatus
+    from kvshare.session import call
+    from kvshare.slots import Region
+
+    try:
+        call(settings, AskStatus, ANSWER_SECONDS)
+        answers = True
+    except Unavailable:
+        answers = False
+    problems, count = [], 0
+    stem = Path(settings.arena_stem)
+    for table in sorted(stem.parent.glob(f"{stem.name}-*.table")):
+        if table.stem.removeprefix(f"{stem.name}-").isdecimal():
+            count += 1
+            try:
+                with Region.open(str(table.with_suffix(".data")), str(table)) as region:
+                    problems += [f"{table.stem}: {problem}" for problem in region.check()]
+            except RegionError as error:
+                problems.append(str(error))
+    for problem in problems:
+        print(problem)
+    print(f"the node {'answers' if answers else 'does not answer'}; {count} regions, {len(problems)} problems")
+    return 0 if answers and not problems else 1
+
+
+def _clean(settings: Settings, _options: argparse.Namespace) -> int:
+    from kvshare.leftovers import remove_leftovers
+
+    removed = remove_leftovers(settings)
+    for path in removed:
+        print(f"removed {path}")
+    print(f"{len(removed)} files removed")
+    return 0
