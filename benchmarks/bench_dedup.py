@@ -1,10 +1,14 @@
-"""Three identical prompts submitted together to an engine whose node's peer has their blocks: how often are they pulled?
+"""Three identical prompts submitted together to an engine that could load their blocks: how often does it load them?
 
-Engine A on node A serves prompts and leaves. Engine C, fresh, on a node that holds nothing, warms nothing and reaches node A
-by tcp alone, gets each prompt three times at once. Counted is what really crossed the loopback device (the kernel's counter,
-in whole blocks, so that headers and control messages do not count; what else the machine sends to itself meanwhile does) over
-the blocks of the prompt: 1 when they were pulled once. The figure is the largest over all prompts. Outputs must equal engine
-A's, and all full blocks must have come from the peer, or the run fails.
+Engine A on node A serves prompts and leaves. Engine C is fresh, on a node that holds nothing, warms nothing and reaches node A
+by tcp alone. It gets each prompt three times at once, twice over:
+
+* from the peer: counted is what really crossed the loopback device (the kernel's counter, in whole blocks, so that headers
+  and control messages do not count; what else the machine sends to itself meanwhile does);
+* with its own prefix cache emptied, from its node's arena: counted is what its connector says it has loaded.
+
+Both over the blocks of the prompt: 1 when they were loaded once. The figure is the largest of all. Every output must equal
+engine A's and depends on the whole prompt (real weights, float32), and all full blocks must have been loaded, or the run fails.
 """
 
 from __future__ import annotations
@@ -25,12 +29,15 @@ from common import (
     progress,
     prompt,
     report,
+    saved_blocks,
     wait_saved,
 )
 
 from kvshare.config import Settings
 
 COPIES = 3
+NEW_TOKENS = 4
+MODEL = {"weights": True, "dtype": "float32"}
 SHARED_SEED, WARM_UP_SEED = 5_000, 9_500
 SETTLE_SECONDS = 1.0
 
@@ -46,36 +53,51 @@ def main() -> None:
         block_bytes = node_status(node_a).node.regions[0].slot_bytes
         node_c = fleet.settings("c", transports=("tcp",), warm_bytes=0)
         fleet.start_node(node_c)
-        engine = fleet.start_engine("engine-c", node_c)
+        engine = fleet.start_engine("engine-c", node_c, model=MODEL, count=True)
         engine.generate([prompt(WARM_UP_SEED)])
-        rounds = [pull(engine, i, output, block_bytes) for i, output in enumerate(expected)]
-    pulls = max(turn["pulls"] for turn in rounds)
+        rounds = [load_twice(engine, node_c, i, output, block_bytes) for i, output in enumerate(expected)]
+    pulls = max(max(turn["pulls_tcp"], turn["loads_tcp"], turn["loads_arena"]) for turn in rounds)
     detail = {"copies": COPIES, "tokens": TOKENS, "blocks": BLOCKS, "block_bytes": block_bytes, "prompts": rounds}
     report({"identical_prompts_pulls": (pulls, "pulls")}, detail, options.json)
 
 
 def serve_first(fleet: Fleet, node: Settings, prompts: int) -> list[list[int]]:
-    engine = fleet.start_engine("engine-a", node)
-    outputs = [engine.generate([prompt(SHARED_SEED + i)])["outputs"][0] for i in range(prompts)]
+    engine = fleet.start_engine("engine-a", node, model=MODEL)
+    outputs = [engine.generate([prompt(SHARED_SEED + i)], NEW_TOKENS)["outputs"][0] for i in range(prompts)]
     progress(f"engine-a: {wait_saved(node, prompts * BLOCKS)} blocks saved")
     fleet.stop(engine)
     return outputs
 
 
-def pull(engine: Engine, number: int, expected: list[int], block_bytes: int) -> dict[str, Any]:
-    """One prompt, all copies at once."""
-    time.sleep(SETTLE_SECONDS)
-    before = loopback_bytes()
-    answer = engine.generate([prompt(SHARED_SEED + number)] * COPIES)
-    time.sleep(SETTLE_SECONDS)  # a pull that outlives the answer counts too
-    moved = loopback_bytes() - before
+def load_twice(engine: Engine, node: Settings, number: int, expected: list[int], block_bytes: int) -> dict[str, Any]:
+    """One prompt, all copies at once: from the peer, then from the own arena."""
+    saved = saved_blocks(node)
+    moved = loopback_bytes()
+    loads_tcp = load(engine, number, expected)
+    moved = loopback_bytes() - moved
+    wait_saved(node, saved + BLOCKS)
+    engine.ask(do="forget")
+    turn = {
+        "pulls_tcp": moved // block_bytes / BLOCKS,
+        "loopback_bytes": moved,
+        "loads_tcp": loads_tcp / BLOCKS,
+        "loads_arena": load(engine, number, expected) / BLOCKS,
+    }
+    progress(f"prompt {number}: {turn}")
+    return turn
+
+
+def load(engine: Engine, number: int, expected: list[int]) -> int:
+    """Blocks loaded for all copies of one prompt, by the connector's account."""
+    before = engine.ask(do="loaded")["blocks"]
+    answer = engine.generate([prompt(SHARED_SEED + number)] * COPIES, NEW_TOKENS)
+    time.sleep(SETTLE_SECONDS)  # a load that outlives the answer counts too
     if answer["outputs"] != [expected] * COPIES:
         raise Failed(f"prompt {number} gave {answer['outputs']}, engine A gave {expected}")
     if answer["cached"] != [BLOCKS * BLOCK_TOKENS] * COPIES:
         raise Failed(f"prompt {number}: {answer['cached']} of {BLOCKS * BLOCK_TOKENS} tokens were not recomputed")
-    turn = {"pulls": moved // block_bytes / BLOCKS, "loopback_bytes": moved, "seconds": answer["seconds"]}
-    progress(f"prompt {number}: {moved} bytes, {turn['pulls']:.3f} pulls, {turn['seconds']:.3f} s")
-    return turn
+    loaded: int = engine.ask(do="loaded")["blocks"] - before
+    return loaded
 
 
 def loopback_bytes() -> int:

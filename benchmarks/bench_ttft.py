@@ -7,7 +7,8 @@
    blocks come from node A over tcp, the only transport that node and engine have.
 
 Ratios compare the medians of one engine in one run; the three kinds of request take turns, with a pause in front of each, as
-of a user who sends one request at a time. Every output must equal engine A's, or the run fails. Saving is on throughout.
+of a user who sends one request at a time. Saving is on throughout. The model's weights make every output depend on the whole
+prompt; each must equal engine A's prefix hit (which computes the same last tokens), or the run fails.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from common import (
 from kvshare.config import Settings
 
 PAUSE_SECONDS = 0.3
+MODEL = {"weights": True}
 WARM_UP_SEED, SHARED_SEED = 9_000, 1_000
 FRESH_SEEDS = {"arena": 2_000, "tcp": 3_000}
 
@@ -62,14 +64,14 @@ def main() -> None:
 
 def serve_first(fleet: Fleet, node: Settings, prompts: int) -> tuple[list[list[int]], dict[str, Any]]:
     """Engine A computes the prompts and leaves. Returns the output of each, and its own times."""
-    engine = fleet.start_engine("engine-a", node)
+    engine = fleet.start_engine("engine-a", node, model=MODEL)
     warm_up(engine)
     outputs, recompute, hits = [], [], []
     for i in range(prompts):
+        recompute.append(request(engine, prompt(SHARED_SEED + i))["seconds"])
         answer = request(engine, prompt(SHARED_SEED + i))
         outputs.append(answer["outputs"][0])
-        recompute.append(answer["seconds"])
-        hits.append(request(engine, prompt(SHARED_SEED + i))["seconds"])
+        hits.append(answer["seconds"])
     saved = wait_saved(node, (prompts + 2) * BLOCKS)
     progress(f"engine-a: {saved} blocks saved")
     fleet.stop(engine)
@@ -77,7 +79,7 @@ def serve_first(fleet: Fleet, node: Settings, prompts: int) -> tuple[list[list[i
 
 
 def measure_joiner(fleet: Fleet, way: str, node: Settings, expected: list[list[int]]) -> dict[str, Any]:
-    engine = fleet.start_engine(f"engine-{way}", node)
+    engine = fleet.start_engine(f"engine-{way}", node, model=MODEL)
     warm_up(engine, 10)
     first, hits, recompute = [], [], []
     cached = 0

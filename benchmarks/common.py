@@ -225,11 +225,19 @@ class Fleet:
         _until(lambda: _answers(settings), child, "does not answer")
         return child
 
-    def start_engine(self, name: str, settings: Settings | None, **options: Any) -> Engine:
-        """An engine attached by ``settings``, or one without kvshare. ``options``: more of vLLM's own arguments."""
-        environment = _environment(settings)
-        asked = {"folder": str(self.folder / "model"), "kvshare": settings is not None, "options": options}
+    def start_engine(
+        self, name: str, settings: Settings | None, *, count: bool = False, model: dict[str, Any] | None = None
+    ) -> Engine:
+        """An engine attached by ``settings``, or one without kvshare. ``count``: it counts the blocks it loads (vLLM's own
+        statistics are on then); ``model``: arguments of `tiny_model`. It works when this returns."""
+        asked = {
+            "folder": str(self.folder / "model"),
+            "kvshare": settings is not None,
+            "count": count,
+            "model": model or {},
+        }
         command = [sys.executable, str(HERE / "engine_process.py"), json.dumps(asked)]
+        environment = _environment(settings)
         engine = Engine(name, command, environment, self.folder / f"{name}.log", talks=True)
         self._children.append(engine)
         progress(f"{name}: starting")

@@ -1,7 +1,8 @@
 """One vLLM engine as a child process of a benchmark: JSON lines in on stdin, JSON lines out on stdout.
 
     {"do": "generate", "prompts": [[ids]], "tokens": 1} -> {"seconds": wall time of LLM.generate, "outputs": [[ids]]}
-    {"do": "metrics"}                                   -> {"metrics": {name: value}}
+    {"do": "forget"}     its prefix cache is emptied    -> {"forgotten": true}
+    {"do": "loaded"}     of an engine with ``count``    -> {"blocks": loaded by the connector so far}
 
 It ends when its input does. vLLM's own output, and that of its processes, goes to stderr (the benchmark's log file).
 """
@@ -26,17 +27,34 @@ def main() -> None:
     os.environ.update(engine_environment())
     from vllm import LLM
 
+    model = tiny_model(asked["folder"], **asked["model"])
     transfer = {"kv_transfer_config": TRANSFER} if asked["kvshare"] else {}
-    llm = LLM(**engine_arguments(tiny_model(asked["folder"])), **transfer, **asked["options"])
+    llm = LLM(**engine_arguments(model, disable_log_stats=not asked["count"]), **transfer)
+    counter = Counter()
+    if asked["count"]:
+        llm.llm_engine.logger_manager.stat_loggers.append(counter)
     _answer(answers, {"ready": True})
     for line in sys.stdin:
-        _answer(answers, serve(llm, json.loads(line)))
+        _answer(answers, serve(llm, counter, json.loads(line)))
     llm.llm_engine.engine_core.shutdown()
 
 
-def serve(llm: Any, question: dict[str, Any]) -> dict[str, Any]:
-    if question["do"] == "metrics":
-        return {"metrics": {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}}
+class Counter:
+    """Adds up what the connector says it has loaded; vLLM hands each step's statistics to it."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+
+    def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+        if scheduler_stats is not None and scheduler_stats.kv_connector_stats:
+            self.blocks += scheduler_stats.kv_connector_stats["blocks_loaded"]
+
+
+def serve(llm: Any, counter: Counter, question: dict[str, Any]) -> dict[str, Any]:
+    if question["do"] == "loaded":
+        return {"blocks": counter.blocks}
+    if question["do"] == "forget":
+        return {"forgotten": llm.reset_prefix_cache()}
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": token_ids} for token_ids in question["prompts"]]
