@@ -27,9 +27,8 @@ import enum
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -127,9 +126,13 @@ class Transfer:
         self._callbacks: list[Callable[[Completion], None]] = []
         self._lock = threading.Lock()
         self.on_cancel: Callable[[], None] | None = None  # set by a transport that can interrupt its I/O
+        # Set by a transport whose work the waiting thread can do itself: cheaper than waking another one for it.
+        self.help: Callable[[], None] | None = None
 
     def wait(self, timeout: float | None = None) -> Completion | None:
         """The completion, or None when ``timeout`` seconds pass first."""
+        if timeout is None and self.help is not None and not self._done.is_set():
+            self.help()
         self._done.wait(timeout)
         return self._completion
 
@@ -162,6 +165,9 @@ class Transfer:
             callback(completion)
 
 
+Tamper = Callable[[U64, U64], None]
+
+
 def failed(request: ReadRequest, status: BlockStatus, error: str) -> Completion:
     """A completion in which every block has ``status``."""
     return Completion(np.full(len(request), status, np.uint8), 0, 0.0, error)
@@ -171,6 +177,10 @@ class Transport(ABC):
     """Moves bytes. See the module's docstring for what an implementor guarantees."""
 
     name: ClassVar[str]
+
+    # For tests and `FaultyTransport`: called as ``tamper(addresses, lengths)``, uint64 [blocks, pages], with blocks that
+    # have landed, before they are verified. What it does to them must be found out.
+    tamper: Tamper | None = None
 
     @abstractmethod
     def register(self, region: Region) -> None:
@@ -205,49 +215,3 @@ class Transport(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class PooledTransport(Transport):
-    """A transport whose reads are blocking calls run on a few threads of its own. `_read` does the work and may raise."""
-
-    def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"kvshare-{self.name}")
-        self._running: set[Transfer] = set()
-        self._running_lock = threading.Lock()
-        self._closed = False
-
-    @abstractmethod
-    def _read(self, description: RegionDescription, request: ReadRequest, transfer: Transfer) -> Completion:
-        """Do the read; look at ``transfer.cancelled`` between steps."""
-
-    def read(self, description: RegionDescription, request: ReadRequest) -> Transfer:
-        transfer = Transfer()
-        with self._running_lock:
-            closed = self._closed
-            if not closed:
-                self._running.add(transfer)
-                self._pool.submit(self._run, description, request, transfer)
-        if closed:
-            transfer.complete(failed(request, BlockStatus.CANCELLED, f"transport {self.name} is closed"))
-        return transfer
-
-    def close(self) -> None:
-        with self._running_lock:
-            self._closed = True
-            running = list(self._running)
-        for transfer in running:
-            transfer.cancel()
-        self._pool.shutdown(wait=True)
-
-    def _run(self, description: Any, request: ReadRequest, transfer: Transfer) -> None:
-        try:
-            completion = (
-                failed(request, BlockStatus.CANCELLED, "cancelled before it began")
-                if transfer.cancelled
-                else self._read(description, request, transfer)
-            )
-        except Exception as error:  # whatever a peer or the system did: the blocks are misses, the reason is told
-            completion = failed(request, BlockStatus.UNREACHABLE, f"{type(error).__name__}: {error}")
-        with self._running_lock:
-            self._running.discard(transfer)
-        transfer.complete(completion)

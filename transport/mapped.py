@@ -1,0 +1,194 @@
+"""Reads of regions that are mapped in this process: the copying half of the `shm` and `loopback` transports.
+
+    read ──> portions of a few MiB ──> the pool's threads and whoever waits take one after the other
+             each: admit by generation ── copy and checksum what lands ── generations again ── judge
+
+Threads: a read's portions are done by any of the pool's threads and by the thread that waits for it, several at once; the
+last one to end completes the transfer, so nothing writes to its targets any more.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvshare import native
+from kvshare.errors import KVShareError
+from kvshare.transport.base import (
+    I64,
+    U64,
+    BlockStatus,
+    Completion,
+    ReadRequest,
+    Tamper,
+    Transfer,
+    Transport,
+    failed,
+)
+
+if TYPE_CHECKING:
+    from kvshare.messages import RegionDescription
+    from kvshare.slots import Region
+
+U8 = npt.NDArray[np.uint8]
+
+
+def admitted(region: Region, slots: I64, generations: U64, length: int) -> U8:
+    """Statuses before a read: OK where a slot holds a block of ``length`` bytes at that generation, else STALE.
+
+    Only the memory of admitted slots may be touched: others may have none (a hole in a file), or another length.
+    """
+    fits = (slots >= 0) & (slots < region.available_slots)
+    if length > region.slot_bytes or not fits.all():
+        statuses = np.full(len(slots), BlockStatus.STALE, np.uint8)
+        if length <= region.slot_bytes:
+            statuses[fits] = admitted(region, slots[fits], generations[fits], length)
+        return statuses
+    same = (region.generations(slots) == generations) & (region.lengths(slots) == length) & (generations % 2 == 0)
+    return np.where(same, BlockStatus.OK, BlockStatus.STALE).astype(np.uint8)
+
+
+def judged(expected: U64, generations: U64, checksums: U64, digests: U64) -> U8:
+    """Statuses after a read. generations: loaded after the bytes and after ``checksums``, those that the slots' headers told;
+    digests: of what landed. A torn block also has a wrong digest, hence the order of the two questions."""
+    statuses = np.where(checksums == digests, BlockStatus.OK, BlockStatus.CORRUPT).astype(np.uint8)
+    statuses[generations != expected] = BlockStatus.STALE
+    return statuses
+
+
+def read_mapped(region: Region, request: ReadRequest, start: int, stop: int, tamper: Tamper | None = None) -> U8:
+    """Copy blocks ``start`` to ``stop`` of ``request`` out of a region mapped here; their statuses."""
+    slots, expected = request.slots[start:stop], request.generations[start:stop]
+    page_bytes = request.targets.page_bytes
+    statuses = admitted(region, slots, expected, request.targets.block_bytes)
+    live = slice(None) if not statuses.any() else np.flatnonzero(statuses == BlockStatus.OK)
+    slots, expected = slots[live], expected[live]
+    targets = request.targets.addresses[start:stop][live]
+    offsets = np.cumsum(page_bytes) - page_bytes
+    sources = (np.uint64(region.data_address) + slots.astype(np.uint64) * np.uint64(region.slot_bytes))[:, None] + offsets
+    lengths = np.broadcast_to(page_bytes, targets.shape)
+    seeds = request.seeds[start:stop][live]
+    digests = native.copy_blocks(targets, sources, lengths, seeds)
+    if tamper is not None:
+        tamper(targets, lengths)
+        digests = native.checksums(targets, lengths, seeds)
+    checksums = region.checksums(slots)
+    statuses[live] = judged(expected, region.generations(slots), checksums, digests)
+    return statuses
+
+
+class _MappedRead:
+    """One read of a mapped region: portions that the pool's threads, and whoever waits, take until none is left."""
+
+    def __init__(self, transport: MappedTransport, description: RegionDescription, request: ReadRequest) -> None:
+        self.transfer = Transfer()
+        self.transfer.help = self.run
+        self._transport, self._description, self._request = transport, description, request
+        self._statuses = np.full(len(request), BlockStatus.CANCELLED, np.uint8)
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+        step = transport.portion_blocks(len(request), request.targets.block_bytes)
+        self._portions = [(start, min(start + step, len(request))) for start in range(0, len(request), step)] or [(0, 0)]
+        self._left = len(self._portions)
+        self._portions.reverse()  # taken from the end
+        self._error = ""
+
+    @property
+    def portions(self) -> int:
+        return self._left
+
+    def run(self) -> None:
+        """Do portions until all are taken. Any thread, several at once."""
+        while True:
+            with self._lock:
+                if not self._portions:
+                    return
+                start, stop = self._portions.pop()
+            error = "cancelled"
+            if not self.transfer.cancelled:
+                error = self._read(start, stop)
+            with self._lock:
+                self._error = self._error or error
+                self._left -= 1
+                last = self._left == 0
+            if last:
+                self._complete()
+
+    def _read(self, start: int, stop: int) -> str:
+        statuses, error = self._statuses[start:stop], ""
+        try:
+            region = self._transport.region_of(self._description)
+            statuses[:] = read_mapped(region, self._request, start, stop, self._transport.tamper)
+            if statuses.any():
+                error = "stale or corrupt blocks"
+        except (OSError, KVShareError) as failure:
+            statuses[:] = BlockStatus.UNREACHABLE
+            error = str(failure)
+        except Exception as failure:  # a fault of ours must not leave the waiter waiting
+            statuses[:] = BlockStatus.UNREACHABLE
+            error = f"{type(failure).__name__}: {failure}"
+        return error
+
+    def _complete(self) -> None:
+        moved = int(np.count_nonzero(self._statuses == BlockStatus.OK)) * self._request.targets.block_bytes
+        completion = Completion(self._statuses, moved, time.monotonic() - self._began, self._error)
+        self._transport.finished(self)
+        self.transfer.complete(completion)
+
+
+class MappedTransport(Transport):
+    """A transport whose regions are mapped in this process: reads are copies, done by a few threads of its own and by
+    whoever waits for them. An implementor says where a region's mapping comes from."""
+
+    portion_bytes_min: ClassVar[int] = 1 << 20  # handing less to another thread costs more than it brings
+    portion_bytes_max: ClassVar[int] = 8 << 20  # a cancelled read ends after at most this much
+
+    def __init__(self, threads: int) -> None:
+        assert threads >= 1
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"kvshare-{self.name}")
+        self._running: set[_MappedRead] = set()
+        self._running_lock = threading.Lock()
+        self._closed = False
+
+    @abstractmethod
+    def region_of(self, description: RegionDescription) -> Region:
+        """The mapped region. Raises OSError or KVShareError when there is none (any more)."""
+
+    def portion_blocks(self, blocks: int, block_bytes: int) -> int:
+        """How many blocks of a read are one portion."""
+        share = blocks * block_bytes // (2 * self._threads)
+        portion_bytes = min(max(share, self.portion_bytes_min), self.portion_bytes_max)
+        return max(1, portion_bytes // max(1, block_bytes))
+
+    def read(self, description: RegionDescription, request: ReadRequest) -> Transfer:
+        running = _MappedRead(self, description, request)
+        with self._running_lock:
+            closed = self._closed
+            if not closed:
+                self._running.add(running)
+                for _ in range(min(self._threads, running.portions)):
+                    self._pool.submit(running.run)
+        if closed:
+            running.transfer.help = None
+            running.transfer.complete(failed(request, BlockStatus.CANCELLED, f"transport {self.name} is closed"))
+        return running.transfer
+
+    def finished(self, read: _MappedRead) -> None:
+        """For reads: this one is complete."""
+        with self._running_lock:
+            self._running.discard(read)
+
+    def close(self) -> None:
+        with self._running_lock:
+            self._closed = True
+            running = list(self._running)
+        for read in running:
+            read.transfer.cancel()
+        self._pool.shutdown(wait=True)

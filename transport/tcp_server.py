@@ -1,0 +1,233 @@
+"""The owner's end of `tcp`: sends blocks straight from region memory to whoever proves to know the secret.
+
+    accept ──> handshake ──> (request ──> verdict, portions, trailers)*
+
+Reads take no lock and pin nothing: each portion is sent, then its generations are read, and the reader judges. What a
+stranger sends ends its connection and is counted; nothing that it says makes us allocate more than a request.
+
+Bounds: connections (the one that is idle longest makes room for a new one), the time of a handshake, the bytes of a request and
+the time for it to arrive, the time without progress of an answer.
+
+Threads: one accepts, one serves each connection; all of them sleep in the kernel when there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from kvshare import native, wire
+from kvshare.errors import ConfigError, ProtocolError
+from kvshare.transport.base import I64, U64, BlockStatus
+from kvshare.transport.mapped import admitted
+from kvshare.transport.tcp_protocol import (
+    PURPOSE,
+    REQUEST_BYTES_MAX,
+    VERDICT,
+    VERDICT_MAGIC,
+    ReadBlocks,
+    shut_down,
+    tune,
+)
+
+if TYPE_CHECKING:
+    from kvshare.slots import Region
+
+log = logging.getLogger("kvshare")
+
+ACCEPT_PAUSE_SECONDS = 0.5  # after the system had no descriptor for us
+
+_decoder = msgspec.msgpack.Decoder(ReadBlocks)
+
+
+class _Connection:
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.idle_since: float | None = None  # None: in a handshake or an answer
+        self.leaving = False  # shut down to make room, its thread about to end
+
+
+class DataServer:
+    """Serves registered regions on ``bind``:``port`` (0 takes a free port) from its construction to `close`.
+
+    counters: ``connections``, ``requests``, ``blocks``, ``bytes`` served; ``refused`` (no room), ``strangers`` (failed
+    handshakes), ``garbage`` (requests that are none), ``broken`` (connections lost or stuck within an answer).
+
+    Raises:
+        ConfigError: it cannot listen there.
+    """
+
+    def __init__(
+        self,
+        secret: str,
+        bind: str,
+        port: int = 0,
+        *,
+        connections_max: int = 256,
+        handshake_seconds: float = wire.HANDSHAKE_SECONDS,
+        send_seconds: float = 5.0,
+    ) -> None:
+        self._secret = secret
+        self._connections_max = connections_max
+        self._handshake_seconds = handshake_seconds
+        self._send_seconds = send_seconds
+        self._regions: dict[int, Region] = {}
+        self._connections: dict[_Connection, threading.Thread] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self.counters: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        try:
+            family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+            self._listener = socket.create_server((bind, port), family=family, backlog=128)
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {bind}:{port}: {error}; set 'bind' to an address of this host.") from error
+        tune(self._listener)  # what is accepted inherits it
+        host = f"[{bind}]" if ":" in bind else bind
+        self.endpoint = f"{host}:{self._listener.getsockname()[1]}"
+        self._acceptor = threading.Thread(target=self._accept, name="kvshare-tcp-accept", daemon=True)
+        self._acceptor.start()
+
+    def register(self, region: Region) -> None:
+        with self._lock:
+            assert region.region not in self._regions
+            self._regions[region.region] = region
+
+    def deregister(self, region: Region) -> None:
+        """Answers under way end at their next portion; they hold the mapping until then."""
+        with self._lock:
+            self._regions.pop(region.region, None)
+
+    def close(self) -> None:
+        """End all connections and wait for their threads; idempotent."""
+        self._closing.set()
+        shut_down(self._listener)  # wakes the acceptor
+        self._acceptor.join()
+        self._listener.close()
+        with self._lock:
+            served = dict(self._connections)
+            for connection in served:
+                shut_down(connection.sock)
+        for thread in served.values():
+            thread.join()
+
+    def _count(self, name: str, by: int = 1) -> None:
+        with self._counting:
+            self.counters[name] += by
+
+    # --- connections --------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, _ = self._listener.accept()
+            except OSError as error:
+                if not self._closing.is_set():
+                    log.warning("kvshare: cannot accept a data connection: %s", error)
+                    self._closing.wait(ACCEPT_PAUSE_SECONDS)
+                continue
+            connection = _Connection(sock)
+            with self._lock:
+                welcome = not self._closing.is_set() and self._make_room()
+                if welcome:
+                    thread = threading.Thread(target=self._serve, args=(connection,), name="kvshare-tcp-serve", daemon=True)
+                    self._connections[connection] = thread
+                    thread.start()
+            if not welcome:
+                self._count("refused")
+                sock.close()
+
+    def _make_room(self) -> bool:
+        """True when there is room for one more connection. An idle one ends for it: its client will connect again."""
+        staying = [connection for connection in self._connections if not connection.leaving]
+        if len(staying) < self._connections_max:
+            return True
+        idle = [(connection.idle_since, connection) for connection in staying if connection.idle_since is not None]
+        if not idle:
+            return False
+        _, longest = min(idle, key=lambda entry: entry[0])
+        longest.leaving = True
+        shut_down(longest.sock)
+        return True
+
+    def _serve(self, connection: _Connection) -> None:
+        sock = connection.sock
+        blame = "strangers"
+        try:
+            purpose = wire.accept_tcp(sock, self._secret, self._handshake_seconds)
+            if purpose != PURPOSE:
+                raise ProtocolError(f"a connection for {purpose!r} came to the data port")
+            self._count("connections")
+            blame = "garbage"
+            while (request := self._next_request(connection)) is not None:
+                blame = "broken"
+                self._answer(sock, request)
+                blame = "garbage"
+        except (ProtocolError, msgspec.MsgspecError, OSError) as error:
+            if not self._closing.is_set():
+                self._count(blame)
+                log.debug("kvshare: a data connection ended (%s): %s", blame, error)
+        except Exception:
+            self._count("broken")
+            log.exception("kvshare: a data connection ended by a fault of ours")
+        finally:
+            with self._lock:
+                del self._connections[connection]
+                sock.close()
+
+    def _next_request(self, connection: _Connection) -> ReadBlocks | None:
+        """The next request, however long it takes to begin; None when the other side has gone."""
+        connection.idle_since = time.monotonic()
+        waiter = select.poll()
+        waiter.register(connection.sock, select.POLLIN)
+        waiter.poll()
+        connection.idle_since = None
+        connection.sock.settimeout(self._handshake_seconds)
+        if not connection.sock.recv(1, socket.MSG_PEEK):
+            return None
+        return _decoder.decode(wire.receive_frame(connection.sock, REQUEST_BYTES_MAX))
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def _answer(self, sock: socket.socket, request: ReadBlocks) -> None:
+        if len(request.slots) % 8 or len(request.slots) != len(request.generations) or request.portion_blocks < 1:
+            raise ProtocolError("a request that does not fit together")
+        slots, generations = np.frombuffer(request.slots, np.int64), np.frombuffer(request.generations, np.uint64)
+        region = self._regions.get(request.region)
+        if region is None or request.length < 1:
+            statuses = np.full(len(slots), BlockStatus.UNREACHABLE, np.uint8)
+        else:
+            statuses = admitted(region, slots, generations, request.length)
+        verdict = VERDICT.pack(VERDICT_MAGIC, len(slots)) + statuses.tobytes()
+        slots = slots[statuses == BlockStatus.OK]
+        self._count("requests")
+        if region is None or not len(slots):
+            sock.sendall(verdict)
+            return
+        before = verdict  # goes with the first portion in one system call, each trailer with the next one
+        for start in range(0, len(slots), request.portion_blocks):
+            if self._regions.get(request.region) is not region:
+                raise ProtocolError("the region was taken out while it was read")
+            before = self._send_portion(sock, region, slots[start : start + request.portion_blocks], request.length, before)
+        sock.sendall(before)
+        self._count("blocks", len(slots))
+        self._count("bytes", len(slots) * request.length)
+
+    def _send_portion(self, sock: socket.socket, region: Region, slots: I64, length: int, before: bytes) -> bytes:
+        """Send ``before`` and the slots' bytes; returns the trailer, read after them."""
+        addresses: U64 = np.empty(len(slots) + 1, np.uint64)
+        addresses[0] = native.address_of(before)
+        addresses[1:] = np.uint64(region.data_address) + slots.astype(np.uint64) * np.uint64(region.slot_bytes)
+        lengths = np.full(len(slots) + 1, length, np.uint64)
+        lengths[0] = len(before)
+        native.send_ranges(sock.fileno(), addresses, lengths, self._send_seconds)
+        checksums = region.checksums(slots)  # before the generations: what they vouch for
+        return region.generations(slots).tobytes() + checksums.tobytes()
