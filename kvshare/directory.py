@@ -170,7 +170,7 @@ class Directory:
 
     def status(self, ask: int = 0) -> DirectoryStatus:
         """Who is here and how much is known."""
-        nodes = [peer.description for peer in self._nodes.values() if peer.description is not None]
+        nodes = [self._description(name) for name in self._nodes]
         counters = {**self._counters, "locations": self._index.locations(), "hot_keys": len(self._hotness)}
         return DirectoryStatus(ask, self._epoch, nodes, len(self._index), counters)
 
@@ -271,15 +271,14 @@ class Directory:
         commands: list[Command] = []
         rival = self._nodes.get(node.node)
         if rival is not None:
-            assert rival.description is not None
-            if node.epoch < rival.description.epoch:
+            if node.epoch < self._description(node.node).epoch:
                 # Were it a restart whose old connection lingers, the heartbeat ends that one soon.
                 raise _Misbehaved(f"wants the name {node.node!r} of a later start: give every host its own 'node_name'")
             commands.append(Close(rival.connection, f"node {node.node} joined again on another connection"))
             self._remove(rival)
         self._counters["joins"] += 1
         peer.description = node
-        others = [other.description for other in self._nodes.values() if other.description is not None]
+        others = [self._description(name) for name in self._nodes]
         self._nodes[node.node] = peer
         return [*commands, Send(peer.connection, Welcome(self._epoch, others)), *self._tell_others(peer, NodeJoined(node))]
 
@@ -317,6 +316,12 @@ class Directory:
             self._index.drop(name)
             self._busy_until.pop(name, None)
 
+    def _description(self, name: str) -> NodeDescription:
+        """Of a node that is here; the index names no others."""
+        description = self._nodes[name].description
+        assert description is not None
+        return description
+
     def _tell_others(self, peer: _Peer, message: Message) -> list[Command]:
         others = tuple(other.connection for other in self._nodes.values() if other is not peer)
         return [Broadcast(others, message)] if others else []
@@ -351,13 +356,10 @@ class Directory:
         found = self._index.locate(wanted[:FIND_KEYS_MAX], node.node, FOUND_LOCATIONS_MAX)
         for places in found:
             if len(places) > 1:
-                places.sort(key=lambda where: self._host_of(where.node) != node.host_id)  # stable: freshest first in each
+                places.sort(
+                    key=lambda where: self._description(where.node).host_id != node.host_id
+                )  # stable: freshest first in each
         return found + [[] for _ in wanted[FIND_KEYS_MAX:]]
-
-    def _host_of(self, name: str) -> str:
-        description = self._nodes[name].description
-        assert description is not None
-        return description.host_id
 
     # --- what is hot --------------------------------------------------------------------------------------------------
 
@@ -378,10 +380,8 @@ class Directory:
         return Plan(ask.ask, plan.items, plan.present)
 
     def _reaches(self, node: NodeDescription, name: str) -> bool:
-        peer = self._nodes.get(name)
-        if peer is None or peer.description is None:
-            return False
-        return peer.description.host_id == node.host_id or bool(peer.description.endpoint)
+        other = self._description(name)
+        return other.host_id == node.host_id or bool(other.endpoint)
 
     def _declare(self, namespace: Namespace) -> list[Namespace]:
         """Remember a namespace; the nearest others, most alike first."""

@@ -26,7 +26,7 @@ import msgspec
 from kvshare import wire
 from kvshare.config import Settings
 from kvshare.directory import Broadcast, Close, Connected, Directory, Disconnected, Event, Heard, Lost, Send, Tell, Tick
-from kvshare.errors import ConfigError, KVShareError, ProtocolError, Unavailable
+from kvshare.errors import AuthenticationError, ConfigError, KVShareError, ProtocolError, Unavailable
 from kvshare.messages import DirectoryStatus, ToDirectory
 
 log = logging.getLogger("kvshare")
@@ -37,7 +37,7 @@ RECEIVE_BUFFER_BYTES = 1 << 20
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0
 ANSWER_SECONDS = 5.0
-SAID_MAX = 1024  # different lines that are remembered as said
+SAID_MAX = 1024  # different lines that are remembered as said; then they may be said again
 
 
 class DirectoryServer:
@@ -181,6 +181,8 @@ class DirectoryServer:
         self._writers[number] = writer
         try:
             await self._serve(number, reader, writer)
+        except AuthenticationError as error:
+            self._say(f"{_host_of(writer)} was refused: {error}")
         except (KVShareError, OSError, msgspec.MsgspecError) as error:
             log.debug("kvshare: connection %d of the directory ended: %s", number, error)
         except Exception:
@@ -224,9 +226,7 @@ class DirectoryServer:
             return
         wire.write_frame(writer, payload)
         if writer.transport.get_write_buffer_size() > self._settings.message_bytes_max:
-            self._say(
-                f"{writer.get_extra_info('peername')} does not read what the directory sends: cut off until it joins again"
-            )
+            self._say(f"{_host_of(writer)} does not read what the directory sends: cut off until it joins again")
             self._cut(connection)
 
     def _cut(self, connection: int) -> None:
@@ -250,6 +250,12 @@ class DirectoryServer:
         if text in self._said:
             log.debug("kvshare: %s", text)
             return
-        if len(self._said) < SAID_MAX:
-            self._said.add(text)
+        if len(self._said) >= SAID_MAX:
+            self._said.clear()
+        self._said.add(text)
         log.warning("kvshare: %s", text)
+
+
+def _host_of(writer: asyncio.StreamWriter) -> str:
+    address = writer.get_extra_info("peername")
+    return str(address[0]) if address else "someone"

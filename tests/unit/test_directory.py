@@ -1,0 +1,438 @@
+"""The directory's decisions. Goal: who is here, what they hold, what is answered; method: events in, commands out, no clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvshare import keys
+from kvshare.config import Settings
+from kvshare.directory import (
+    FIND_KEYS_MAX,
+    Broadcast,
+    Close,
+    Command,
+    Connected,
+    Directory,
+    Disconnected,
+    Heard,
+    Lost,
+    Send,
+    Tell,
+    Tick,
+)
+from kvshare.index import MemoryIndex
+from kvshare.keys import Namespace
+from kvshare.messages import (
+    PROTOCOL_VERSION,
+    AskDirectory,
+    AskPlan,
+    Beat,
+    Declare,
+    Declared,
+    Find,
+    Found,
+    Join,
+    Location,
+    Message,
+    NodeDescription,
+    NodeJoined,
+    NodeLost,
+    Plan,
+    Publish,
+    Report,
+    Resync,
+    Stored,
+    Welcome,
+)
+
+FAMILY = b"f" * keys.FAMILY_BYTES
+LENGTH = 4096
+EPOCH = 7  # of nodes, unless said otherwise
+
+
+def key(name: str) -> bytes:
+    return keys.prefix(FAMILY) + name.encode()
+
+
+def stored(*names: str, slot: int = 0) -> list[Stored]:
+    return [Stored(key(name), LENGTH, slot + i, 2, LENGTH) for i, name in enumerate(names)]
+
+
+def described(name: str, epoch: int = EPOCH, host: str = "", endpoint: str = "10.0.0.1:1") -> NodeDescription:
+    return NodeDescription(name, epoch, host or f"host of {name}", endpoint, ())
+
+
+def namespace(**changes: Any) -> Namespace:
+    fields: dict[str, Any] = {
+        "weights": "w", "dtype": "bfloat16", "kv_dtype": "bfloat16", "block_size": 16, "page_bytes": 1, "layers": 1,
+        "kv_heads": 1, "head_size": 64, "hash_algorithm": "sha256", "hash_seed": "0", "packing": "x",
+    }  # fmt: skip
+    return Namespace(**{**fields, **changes})
+
+
+class Play:
+    """A directory and the stage for its events: connections are numbered as they come, time passes when told."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.directory = Directory(Settings.load({"heartbeat_seconds": 5.0, **settings}, {}), epoch=99)
+        self.now = 100.0
+        self.connection = 0
+
+    def connect(self) -> int:
+        self.connection += 1
+        assert self.directory.handle(Connected(self.connection), self.now) == []
+        return self.connection
+
+    def hear(self, connection: int, message: Message) -> list[Command]:
+        commands = self.directory.handle(Heard(connection, message), self.now)
+        assert not self.directory.check()
+        return commands
+
+    def join(self, name: str, publish: list[Stored] | None = None, **description: Any) -> int:
+        connection = self.connect()
+        self.hear(connection, Join(PROTOCOL_VERSION, described(name, **description)))
+        if publish is not None:
+            self.publish(connection, name, 1, publish, full=True)
+        return connection
+
+    def publish(
+        self,
+        connection: int,
+        name: str,
+        sequence: int,
+        stored: list[Stored],
+        removed: tuple[str, ...] = (),
+        full: bool = False,
+        epoch: int = EPOCH,
+    ) -> list[Command]:
+        gone = [key(each) for each in removed]
+        return self.hear(connection, Publish(name, epoch, sequence, full, stored, gone))
+
+    def answer(self, connection: int, question: Message) -> Any:
+        (command,) = self.hear(connection, question)
+        assert isinstance(command, Send) and command.connection == connection
+        return command.message
+
+    def find(self, connection: int, *names: str) -> list[list[str]]:
+        found = self.answer(connection, Find(1, [key(name) for name in names]))
+        assert isinstance(found, Found)
+        return [[where.node for where in places] for places in found.locations]
+
+    def plan(self, connection: int, bytes_max: int = 10**6) -> Plan:
+        made = self.answer(connection, AskPlan(1, FAMILY, bytes_max, 10.0))
+        assert isinstance(made, Plan)
+        return made
+
+
+@pytest.fixture
+def play() -> Play:
+    return Play()
+
+
+# --- who is here ------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_that_joins_is_welcomed_and_told_to_the_others(play: Play) -> None:
+    a = play.join("a")
+    b = play.connect()
+    assert play.hear(b, Join(PROTOCOL_VERSION, described("b"))) == [
+        Send(b, Welcome(99, [described("a")])),
+        Broadcast((a,), NodeJoined(described("b"))),
+    ]
+
+
+def test_a_changed_description_is_told_and_an_equal_one_is_not(play: Play) -> None:
+    a, b = play.join("a"), play.join("b")
+    changed = described("a", endpoint="10.0.0.9:9")
+    assert play.hear(a, Join(PROTOCOL_VERSION, changed)) == [Broadcast((b,), NodeJoined(changed))]
+    assert play.hear(a, Join(PROTOCOL_VERSION, changed)) == []
+
+
+def test_a_closed_connection_is_a_lost_node_and_its_blocks_are_forgotten(play: Play) -> None:
+    a, b = play.join("a", stored("x")), play.join("b")
+    assert play.directory.handle(Disconnected(a), play.now) == [Broadcast((b,), NodeLost("a"))]
+    assert play.find(b, "x") == [[]]
+
+
+def test_a_node_that_its_supervisor_knows_dead_is_closed_and_forgotten(play: Play) -> None:
+    a, b = play.join("a", stored("x")), play.join("b")
+    close, told = play.directory.handle(Lost("a"), play.now)
+    assert isinstance(close, Close) and close.connection == a
+    assert told == Broadcast((b,), NodeLost("a"))
+    assert play.find(b, "x") == [[]]
+    assert play.directory.handle(Lost("a"), play.now) == []
+
+
+def test_a_node_unheard_of_for_three_heartbeats_is_forgotten(play: Play) -> None:
+    a, b = play.join("a", stored("x")), play.join("b")
+    play.now += 10.0
+    play.hear(b, Beat())
+    assert play.directory.next_deadline() == 115.0
+    assert play.directory.handle(Tick(), 114.9) == []
+    close, told = play.directory.handle(Tick(), 115.0)
+    assert isinstance(close, Close) and close.connection == a and "15.0 s" in close.reason
+    assert told == Broadcast((b,), NodeLost("a"))
+    assert play.directory.next_deadline() == 125.0
+
+
+def test_any_message_is_a_sign_of_life(play: Play) -> None:
+    a = play.join("a")
+    play.now += 14.0
+    play.find(a, "x")
+    assert play.directory.next_deadline() == 129.0
+
+
+def test_ticking_at_the_deadline_always_brings_it_forward() -> None:
+    """A deadline that rounds must not make its caller tick for ever."""
+    play = Play(heartbeat_seconds=0.1)
+    play.now = 1e6 / 3
+    play.join("a")
+    deadline = play.directory.next_deadline()
+    assert deadline is not None
+    assert play.directory.handle(Tick(), deadline)
+    assert play.directory.next_deadline() is None
+
+
+def test_without_connections_there_is_nothing_to_wait_for(play: Play) -> None:
+    assert play.directory.next_deadline() is None
+    play.directory.handle(Disconnected(play.join("a")), play.now)
+    assert play.directory.next_deadline() is None
+
+
+def test_a_connection_that_never_says_anything_is_closed_too(play: Play) -> None:
+    silent = play.connect()
+    (close,) = play.directory.handle(Tick(), play.now + 15.0)
+    assert isinstance(close, Close) and close.connection == silent
+
+
+def test_a_restarted_node_takes_over_from_its_lingering_connection(play: Play) -> None:
+    old, b = play.join("a", stored("x")), play.join("b")
+    new = play.connect()
+    close, welcome, told = play.hear(new, Join(PROTOCOL_VERSION, described("a", epoch=EPOCH + 1)))
+    assert isinstance(close, Close) and close.connection == old
+    assert welcome == Send(new, Welcome(99, [described("b")]))
+    assert told == Broadcast((b,), NodeJoined(described("a", epoch=EPOCH + 1)))
+    assert play.find(b, "x") == [[]]
+    assert play.directory.handle(Disconnected(old), play.now) == []
+    assert play.hear(old, Beat()) == []
+
+
+def test_a_node_that_reconnects_before_its_old_connection_broke_takes_over_as_well(play: Play) -> None:
+    old = play.join("a", stored("x"))
+    new = play.connect()
+    close, _ = play.hear(new, Join(PROTOCOL_VERSION, described("a")))
+    assert isinstance(close, Close) and close.connection == old
+
+
+def test_of_two_nodes_with_one_name_the_older_start_is_turned_away(play: Play) -> None:
+    play.join("a", stored("x"))
+    older, b = play.connect(), play.join("b")
+    (close,) = play.hear(older, Join(PROTOCOL_VERSION, described("a", epoch=EPOCH - 1)))
+    assert isinstance(close, Close) and close.connection == older and "node_name" in close.reason
+    assert play.find(b, "x") == [["a"]]
+
+
+# --- who breaks the protocol ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (Join(PROTOCOL_VERSION + 1, described("a")), "run one version"),
+        (Beat(), "before it joined"),
+        (Find(1, []), "before it joined"),
+        (Publish("a", EPOCH, 1, True, [], []), "before it joined"),
+    ],
+)
+def test_a_stranger_that_breaks_the_protocol_is_closed(play: Play, message: Message, words: str) -> None:
+    connection = play.connect()
+    (close,) = play.hear(connection, message)
+    assert isinstance(close, Close) and close.connection == connection and words in close.reason
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (Join(PROTOCOL_VERSION, described("z")), "joined again as z"),
+        (Publish("b", EPOCH, 2, False, [], []), "publishes for b"),
+        (Publish("a", EPOCH, 2, False, [Stored(bytes(65), 1, 0, 2, 1)], []), "length"),
+        (Report([[bytes(keys.PREFIX_BYTES)]]), "length"),
+        (Welcome(1, []), "no message to a directory"),
+    ],
+)
+def test_a_node_that_breaks_the_protocol_is_closed_and_told_as_lost(play: Play, message: Message, words: str) -> None:
+    a, b = play.join("a", stored("x")), play.join("b", stored("y"))
+    close, told = play.hear(a, message)
+    assert isinstance(close, Close) and close.connection == a and words in close.reason
+    assert told == Broadcast((b,), NodeLost("a"))
+    assert play.find(b, "x") == [[]]
+
+
+def test_who_only_asks_for_the_status_need_not_join(play: Play) -> None:
+    play.join("a", stored("x", "y"))
+    status = play.answer(play.connect(), AskDirectory(5))
+    assert (status.ask, status.epoch, status.keys) == (5, 99, 2)
+    assert status.nodes == [described("a")]
+    assert status.counters["publishes"] == 1
+
+
+# --- what they hold ---------------------------------------------------------------------------------------------------
+
+
+def test_published_blocks_are_found_where_they_lie_and_removed_ones_are_not(play: Play) -> None:
+    a, b = play.join("a", stored("x", "y", slot=3)), play.join("b")
+    assert play.answer(b, Find(4, [key("x"), key("z"), key("y")])) == Found(
+        4, [[Location("a", LENGTH, 3, 2, LENGTH)], [], [Location("a", LENGTH, 4, 2, LENGTH)]]
+    )
+    play.publish(a, "a", 2, stored("z"), removed=("x",))
+    assert play.find(b, "x", "y", "z") == [[], ["a"], ["a"]]
+
+
+def test_a_block_that_moved_is_found_in_its_new_slot(play: Play) -> None:
+    a, b = play.join("a", stored("x", slot=1)), play.join("b")
+    play.publish(a, "a", 2, stored("x", slot=9))
+    assert play.answer(b, Find(1, [key("x")])) == Found(1, [[Location("a", LENGTH, 9, 2, LENGTH)]])
+
+
+def test_the_asking_node_is_no_answer_the_same_host_comes_first_and_then_the_freshest(play: Play) -> None:
+    for name in ("far", "near", "fresh"):
+        play.join(name, stored("x"), host="here" if name == "near" else "")
+    asking = play.join("asking", stored("x"), host="here")
+    assert play.find(asking, "x") == [["near", "fresh", "far"]]
+
+
+def test_a_question_longer_than_the_limit_is_answered_in_full_length(play: Play) -> None:
+    a = play.join("a")
+    found = play.answer(a, Find(1, [key("x")] * (FIND_KEYS_MAX + 2)))
+    assert len(found.locations) == FIND_KEYS_MAX + 2
+
+
+@pytest.mark.parametrize("sequence", [1, 3], ids=["duplicate", "gap"])
+def test_a_break_in_the_sequence_asks_for_everything_once_and_ignores_the_rest(play: Play, sequence: int) -> None:
+    a, b = play.join("a", stored("x")), play.join("b")
+    assert play.publish(a, "a", sequence, stored("y")) == [Send(a, Resync())]
+    assert play.publish(a, "a", sequence + 1, stored("z")) == []
+    assert play.find(b, "x", "y", "z") == [["a"], [], []]
+    assert play.publish(a, "a", 50, stored("w"), full=True) == []
+    assert play.publish(a, "a", 51, stored("v")) == []
+    assert play.find(b, "x", "w", "v") == [[], ["a"], ["a"]]
+
+
+def test_a_publish_of_another_epoch_asks_for_everything(play: Play) -> None:
+    a, b = play.join("a", stored("x")), play.join("b")
+    assert play.publish(a, "a", 2, stored("y"), epoch=EPOCH + 1) == [Send(a, Resync())]
+    assert play.find(b, "y") == [[]]
+
+
+def test_an_epoch_that_changes_on_its_connection_voids_the_inventory(play: Play) -> None:
+    a, b = play.join("a", stored("x")), play.join("b")
+    new = described("a", epoch=EPOCH + 1)
+    assert play.hear(a, Join(PROTOCOL_VERSION, new)) == [Broadcast((b,), NodeJoined(new)), Send(a, Resync())]
+    assert play.find(b, "x") == [[]]
+    play.publish(a, "a", 2, stored("y"), full=True, epoch=EPOCH + 1)
+    assert play.find(b, "y") == [["a"]]
+
+
+def test_before_its_first_full_publish_a_node_holds_nothing(play: Play) -> None:
+    a, b = play.join("a"), play.join("b")
+    assert play.publish(a, "a", 1, stored("x")) == []
+    assert play.find(b, "x") == [[]]
+
+
+def test_a_full_directory_refuses_new_keys_and_says_so_once() -> None:
+    play = Play(index_keys_max=2)
+    a, b = play.join("a"), play.join("b")
+    (told,) = play.publish(a, "a", 1, stored("x", "y", "z"), full=True)
+    assert isinstance(told, Tell) and "index_keys_max" in told.text
+    assert play.publish(a, "a", 2, stored("w")) == []
+    assert play.find(b, "x", "y", "z", "w") == [["a"], ["a"], [], []]
+    play.publish(a, "a", 3, stored("w"), removed=("x", "z"))
+    assert play.find(b, "x", "w") == [[], ["a"]]
+    assert play.directory.status().counters["refused"] == 2
+
+
+# --- what is hot ------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_names_hot_blocks_that_the_asking_node_lacks(play: Play) -> None:
+    a = play.join("a", stored("1", "12", "123", "x"))
+    b = play.join("b", stored("1"))
+    play.hear(a, Report([[key("1"), key("12"), key("123")], [key("1"), key("12")]]))
+    made = play.plan(b)
+    assert [(item.key, item.location.node) for item in made.items] == [(key("12"), "a"), (key("123"), "a")]
+    assert made.present == 1
+    assert [item.key for item in play.plan(b, bytes_max=LENGTH).items] == [key("12")]
+    assert play.plan(a).items == []
+
+
+def test_plans_made_one_after_another_spread_over_the_donors(play: Play) -> None:
+    """A fleet that scales up asks at once: the second plan spares the donor of the first."""
+    a, _ = play.join("a", stored("x")), play.join("b", stored("x"))
+    play.hear(a, Report([[key("x")]]))
+    joiners = [play.join("c"), play.join("d")]
+    assert sorted(play.plan(joiner).items[0].location.node for joiner in joiners) == ["a", "b"]
+
+
+def test_a_donor_that_is_lost_or_cannot_be_reached_is_not_planned(play: Play) -> None:
+    a = play.join("a", stored("x"))
+    play.join("deaf", stored("x", "y"), endpoint="")
+    c = play.join("c")
+    play.hear(c, Report([[key("x")], [key("y")]]))
+    assert [(item.key, item.location.node) for item in play.plan(c).items] == [(key("x"), "a")]
+    play.directory.handle(Disconnected(a), play.now)
+    assert play.plan(c).items == []
+
+
+def test_a_node_of_the_same_host_is_reached_without_an_endpoint(play: Play) -> None:
+    play.join("deaf", stored("x"), endpoint="", host="here")
+    c = play.join("c", host="here")
+    play.hear(c, Report([[key("x")]]))
+    assert [item.location.node for item in play.plan(c).items] == ["deaf"]
+
+
+def test_the_nearest_other_namespaces_are_told_and_equal_ones_are_not(play: Play) -> None:
+    a = play.join("a")
+    ours, near = namespace(label="ours"), namespace(block_size=32)
+    far = namespace(weights="v", layers=2, kv_heads=2)
+    farther = [namespace(weights=str(i), layers=3, kv_heads=3, head_size=3) for i in range(3)]
+    assert play.answer(a, Declare(1, ours)) == Declared(1, [])
+    for other in (*farther, far, near):
+        play.hear(a, Declare(2, other))
+    assert play.answer(a, Declare(3, msgspec.structs.replace(ours, label="again"))) == Declared(3, [near, far, farther[0]])
+
+
+def test_the_namespaces_remembered_are_bounded(play: Play) -> None:
+    a = play.join("a")
+    first = namespace(block_size=32)
+    play.hear(a, Declare(1, first))
+    for i in range(300):
+        play.hear(a, Declare(1, namespace(weights=f"other {i}", layers=2)))
+    assert first not in play.answer(a, Declare(2, namespace())).others
+
+
+# --- the index --------------------------------------------------------------------------------------------------------
+
+
+def test_the_index_names_the_freshest_holders_up_to_the_number_asked_for() -> None:
+    index = MemoryIndex(10)
+    for node in ("a", "b", "c"):
+        index.add(node, stored("x"))
+    index.add("a", stored("x"))
+    assert [[where.node for where in places] for places in index.locate([key("x")], "c", 2)] == [["a", "b"]]
+    index.remove("b", [key("x"), key("unknown")])
+    index.drop("a")
+    assert [where.node for where in index.locate([key("x")], "", 9)[0]] == ["c"]
+    assert (len(index), index.locations(), index.nodes()) == (1, 1, {"c"})
+    assert index.held_by("c") == {key("x")} and index.held_by("a") == set()
+    assert not index.check()
+
+
+def test_the_index_limits_locations_as_well_as_keys() -> None:
+    index = MemoryIndex(2)
+    refused = [index.add(node, stored("x", "y", "z")) for node in ("a", "b", "c")]
+    assert refused == [1, 1, 3]
+    assert (len(index), index.locations()) == (2, 4)
+    assert not index.check()

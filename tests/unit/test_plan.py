@@ -1,0 +1,121 @@
+"""The warm plan. Goal: within bytes and seconds, closed, spread over donors; method: the pure function on small cases."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvshare.hotness import NO_PARENT, HotKey
+from kvshare.messages import Location
+from kvshare.plan import WarmPlan, plan_warm
+
+LENGTH = 100
+
+
+def ranked(*chains: str) -> list[HotKey]:
+    """Each chain's blocks in order, chains one after another: "ab" is block "a" and then block "ab"."""
+    known: dict[str, HotKey] = {}
+    for name in chains:
+        for end in range(1, len(name) + 1):
+            parent = name[: end - 1].encode() if end > 1 else NO_PARENT
+            known.setdefault(name[:end], HotKey(name[:end].encode(), parent))
+    return list(known.values())
+
+
+def place(node: str, length: int = LENGTH) -> Location:
+    return Location(node, length, 0, 2, length)
+
+
+def plan(
+    hot: list[HotKey],
+    held: Mapping[str, str],
+    own: str = "",
+    dead: str = "",
+    bytes_max: int = 10**6,
+    seconds_max: float = 1e6,
+    busy: Mapping[str, float] | None = None,
+) -> WarmPlan:
+    """``held``: key -> one letter per donor. ``own``: keys, parted by commas, that the asking node holds."""
+    mine = set(own.encode().split(b","))
+    return plan_warm(
+        hot,
+        lambda key: key in mine,
+        lambda key: [place(node) for node in held.get(key.decode(), "")],
+        lambda node: node not in dead,
+        bytes_max,
+        seconds_max,
+        busy,
+        donor_bytes_per_second=LENGTH,
+    )
+
+
+def keys_of(made: WarmPlan) -> list[str]:
+    return [item.key.decode() for item in made.items]
+
+
+def test_a_plan_names_what_the_node_lacks_and_counts_what_it_has() -> None:
+    made = plan(ranked("abc"), {"a": "X", "ab": "X", "abc": "X"}, own="a")
+    assert keys_of(made) == ["ab", "abc"]
+    assert made.present == 1
+
+
+def test_work_is_spread_evenly_over_the_donors_of_a_block() -> None:
+    made = plan(ranked("abcdef"), {"abcdef"[: i + 1]: "XYZ" for i in range(6)})
+    assert Counter(item.location.node for item in made.items) == {"X": 2, "Y": 2, "Z": 2}
+    assert made.seconds == {"X": 2.0, "Y": 2.0, "Z": 2.0}
+
+
+def test_donors_that_other_plans_keep_busy_are_spared() -> None:
+    made = plan(ranked("abc"), {"a": "XY", "ab": "XY", "abc": "XY"}, busy={"X": 10.0})
+    assert {item.location.node for item in made.items} == {"Y"}
+
+
+def test_the_freshest_of_equal_donors_is_taken() -> None:
+    assert plan(ranked("a"), {"a": "YX"}).items[0].location.node == "Y"
+
+
+def test_a_plan_ends_before_the_block_that_would_take_it_over_its_bytes() -> None:
+    held = {"abcd"[: i + 1]: "X" for i in range(4)}
+    assert keys_of(plan(ranked("abcd"), held, bytes_max=2 * LENGTH)) == ["a", "ab"]
+    assert keys_of(plan(ranked("abcd"), held, bytes_max=2 * LENGTH - 1)) == ["a"]
+    assert keys_of(plan(ranked("abcd"), held, bytes_max=0)) == []
+
+
+def test_no_donor_is_given_more_work_than_there_is_time() -> None:
+    held = {"a": "X", "ab": "X", "abc": "X", "b": "XY"}
+    made = plan(ranked("abc", "b"), held, seconds_max=2.0)
+    assert keys_of(made) == ["a", "ab", "b"]
+    assert made.seconds == {"X": 2.0, "Y": 1.0}
+
+
+def test_a_block_after_one_that_nobody_can_give_is_of_no_use() -> None:
+    made = plan(ranked("abc", "x"), {"a": "X", "abc": "X", "x": "X"})
+    assert keys_of(made) == ["a", "x"]
+
+
+def test_dead_and_unreachable_donors_give_nothing() -> None:
+    made = plan(ranked("ab", "x"), {"a": "XY", "ab": "Y", "x": "X"}, dead="Y")
+    assert [(item.key, item.location.node) for item in made.items] == [(b"a", "X"), (b"x", "X")]
+
+
+@given(st.data())
+def test_any_plan_is_closed_and_within_its_limits(data: st.DataObject) -> None:
+    hot = ranked(*data.draw(st.lists(st.text("ab", min_size=1, max_size=6), max_size=8)))
+    names = [key.key.decode() for key in hot]
+    held = {name: data.draw(st.text("XYZ", max_size=3)) for name in names}
+    own = {name for name in names if data.draw(st.booleans())}
+    dead = data.draw(st.text("XYZ", max_size=2))
+    bytes_max, seconds_max = data.draw(st.integers(0, 1000)), data.draw(st.integers(0, 5))
+    made = plan(hot, held, ",".join(own), dead, bytes_max, seconds_max)
+
+    assert sum(item.location.length for item in made.items) <= bytes_max
+    assert all(seconds <= seconds_max for seconds in made.seconds.values())
+    assert not {item.location.node for item in made.items} & set(dead)
+    assert not set(keys_of(made)) & own
+    usable = own | {""}
+    for name in keys_of(made):
+        assert name[:-1] in usable
+        usable.add(name)
