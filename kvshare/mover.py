@@ -25,11 +25,12 @@ import numpy as np
 from kvshare import keys, native
 from kvshare.errors import KVShareError, Unavailable
 from kvshare.loading import LoadPlan, SourceRead
-from kvshare.messages import Abort, Commit, Done, Reserve, Reserved
+from kvshare.messages import Abort, Commit, Done, RegionDescription, Reserve, Reserved
 from kvshare.session import Session
 from kvshare.slots import Region
 from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Targets, Transfer
 from kvshare.transport.choose import Transports, host_id
+from kvshare.transport.shm import ShmTransport
 
 log = logging.getLogger("kvshare")
 
@@ -111,6 +112,9 @@ class Mover:
         self._affinity = affinity
         settings = session.settings
         self._transports = Transports(settings, host_id(), serve=False)
+        # The own node is read from the session's mapping whatever ways to peers are enabled: it is there, and warm.
+        self._own = ShmTransport(host_id())
+        self._own_region: Region | None = None
         self._loads: queue.SimpleQueue[tuple[LoadPlan, Targets, LoadJob] | None] = queue.SimpleQueue()
         self._saves: deque[SaveJob] = deque()
         self._saving = threading.Condition()
@@ -169,11 +173,20 @@ class Mover:
             request = ReadRequest(
                 read.slots, read.generations, seeds[read.positions], part, self._session.settings.transfer_seconds
             )
-            transfer = self._transports.read(read.description, request)
+            transfer = self._read(read.description, request)
             job.parts.append(transfer)
             if job.cancelled:
                 transfer.cancel()
             transfer.then(lambda completion, read=read: finished(read, completion))
+
+    def _read(self, description: RegionDescription, request: ReadRequest) -> Transfer:
+        own, region = self._session.description, self._session.region
+        if own is None or region is None or (description.node, description.table_path) != (own.node, own.table_path):
+            return self._transports.read(description, request)
+        if region is not self._own_region:
+            self._own.register(region)
+            self._own_region = region
+        return self._own.read(description, request)
 
     def _report_corrupt(self, read: SourceRead, completion: Completion) -> None:
         corrupt = np.flatnonzero(completion.statuses == BlockStatus.CORRUPT)
@@ -288,6 +301,7 @@ class Mover:
             self._saving.notify_all()
         self._loads.put(None)
         self._transports.close()
+        self._own.close()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=5.0)
