@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -177,7 +178,7 @@ class Mover:
             job.parts.append(transfer)
             if job.cancelled:
                 transfer.cancel()
-            transfer.then(lambda completion, read=read: finished(read, completion))
+            transfer.then(partial(finished, read))
 
     def _read(self, description: RegionDescription, request: ReadRequest) -> Transfer:
         own, region = self._session.description, self._session.region

@@ -114,6 +114,8 @@ class NodeSession:
                 if store is None or length > region:
                     self.send(Refused(ask, f"this node has no region {region} for blocks of {length} bytes: attach again"))
                     return
+                if store.free_slots < len(wanted):
+                    await memory.grown(region)  # rather than evict what may be the head of the same chain
                 pairs = store.reserve(wanted, length, self.number, time.monotonic())
                 # Before the answer: its slots may have been others' a moment ago.
                 memory.flush(region)
