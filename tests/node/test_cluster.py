@@ -71,7 +71,7 @@ def test_a_warm_plan_takes_from_several_donors_and_keeps_to_its_bytes(cluster: C
         two.save(TOKENS, blocks_of(TOKENS))
         assert eventually(lambda: b.node is not None and len(list(b.node.memory.inventory())) == 40)
         assert one.match(TOKENS) == len(TOKENS)
-        assert eventually(lambda: cluster.directory is not None and cluster.directory.status().keys == 40)
+        assert eventually(lambda: cluster.directory is not None and cluster.directory.status().counters["locations"] == 80)
         with c.connect() as joiner:
             assert eventually(lambda: joiner.wait_warm(5.0).pulled > 0)
             state = joiner.wait_warm(20.0)
