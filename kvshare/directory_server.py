@@ -6,7 +6,8 @@
 The loop runs in a daemon thread, so that a server works alike in a Ray actor, a command-line process and a test. All state
 is touched on the loop only; `node_lost`, `status`, `stop` may be called from any thread.
 
-Limits: connections, bytes of a frame, seconds of a handshake and of silence, bytes waiting in an outbox. A node that does not
+Limits: connections, bytes of a frame, seconds of a handshake and of silence, bytes waiting in an outbox (``message_bytes_max``,
+too). A node that does not
 read is cut off; it comes back, joins and publishes everything. Idle, the server sleeps.
 """
 
@@ -49,7 +50,6 @@ class DirectoryServer:
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToDirectory)
         self._encoder = msgspec.msgpack.Encoder()
         self._writers: dict[int, asyncio.StreamWriter] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._numbers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
         self._said: set[str] = set()
@@ -150,14 +150,20 @@ class DirectoryServer:
             self._ready.set()
             await self._stopping.wait()
         finally:
-            server.close()
             if self._timer is not None:
                 self._timer.cancel()
+            await self._end_connections()
+            server.close()
+
+    async def _end_connections(self) -> None:
+        """Until no task is left but ours; new connections end as they begin. Only then may the server be closed: asyncio
+        loses the socket of a connection that it is just accepting."""
+        assert self._loop is not None
+        deadline = self._loop.time() + STOP_SECONDS / 2
+        while (others := asyncio.all_tasks() - {asyncio.current_task()}) and self._loop.time() < deadline:
             for writer in self._writers.values():
                 writer.transport.abort()
-            # Their reads fail now; whoever still shakes hands is bounded by that.
-            if self._tasks:
-                await asyncio.wait(self._tasks, timeout=wire.HANDSHAKE_SECONDS)
+            await asyncio.wait(others, timeout=deadline - self._loop.time())
 
     async def _listen(self) -> asyncio.Server:
         bind, port = self._settings.bind, self._settings.port
@@ -170,14 +176,15 @@ class DirectoryServer:
             ) from error
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        number = next(self._numbers)
+        assert self._stopping is not None
+        if self._stopping.is_set():
+            writer.transport.abort()
+            return
         if len(self._writers) >= CONNECTIONS_MAX:
             self._say(f"more than {CONNECTIONS_MAX} connections: further ones are refused")
             writer.transport.abort()
             return
-        self._tasks.add(task)
+        number = next(self._numbers)
         self._writers[number] = writer
         try:
             await self._serve(number, reader, writer)
@@ -189,7 +196,6 @@ class DirectoryServer:
             log.exception("kvshare: the directory dropped connection %d for a failure of its own", number)
         finally:
             del self._writers[number]
-            self._tasks.discard(task)
             writer.transport.abort()
             self._feed(Disconnected(number))
 
@@ -224,8 +230,13 @@ class DirectoryServer:
         writer = self._writers.get(connection)
         if writer is None or writer.is_closing():
             return
+        bytes_max = self._settings.message_bytes_max
+        if len(payload) > bytes_max:
+            # The node would end its connection, come back and get the same again.
+            self._say(f"an answer of over {bytes_max} bytes was not sent: raise 'message_bytes_max' on every host")
+            return
         wire.write_frame(writer, payload)
-        if writer.transport.get_write_buffer_size() > self._settings.message_bytes_max:
+        if writer.transport.get_write_buffer_size() > bytes_max:
             self._say(f"{_host_of(writer)} does not read what the directory sends: cut off until it joins again")
             self._cut(connection)
 
