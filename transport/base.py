@@ -131,16 +131,18 @@ class Transfer:
 
     def wait(self, timeout: float | None = None) -> Completion | None:
         """The completion, or None when ``timeout`` seconds pass first."""
-        if timeout is None and self.help is not None and not self._done.is_set():
-            self.help()
+        help_along = self.help
+        if timeout is None and help_along is not None:
+            help_along()
         self._done.wait(timeout)
         return self._completion
 
     def cancel(self) -> None:
         """Ask for an early end. Not a fence: only the `Completion` is."""
         self._cancelled.set()
-        if self.on_cancel is not None:
-            self.on_cancel()
+        on_cancel = self.on_cancel
+        if on_cancel is not None:
+            on_cancel()
 
     @property
     def cancelled(self) -> bool:
@@ -160,6 +162,7 @@ class Transfer:
             assert self._completion is None
             self._completion = completion
             callbacks, self._callbacks = self._callbacks, []
+            self.on_cancel = self.help = None  # they hold the transport's side of us, in a circle
         self._done.set()
         for callback in callbacks:
             callback(completion)

@@ -132,11 +132,7 @@ class FaultyTransport(Transport):
         transfer.on_cancel = inner.cancel
         if transfer.cancelled:
             inner.cancel()
-        inner.then(lambda completion: self._pass_on(transfer, completion))
-
-    @staticmethod
-    def _pass_on(transfer: Transfer, completion: Completion) -> None:
-        transfer.complete(completion)
+        inner.then(transfer.complete)
 
     def _flip(self, addresses: U64, lengths: U64) -> None:
         with self._lock:

@@ -1,0 +1,226 @@
+"""The C extension against plain Python: every byte, every checksum, every error."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import threading
+
+import hypothesis
+import hypothesis.strategies as some
+import numpy as np
+import numpy.typing as npt
+import pytest
+import xxhash
+
+from kvshare import native
+
+U64 = npt.NDArray[np.uint64]
+
+
+class Ranges:
+    """``blocks`` x ``pages`` ranges of the given lengths, scattered in a memory of their own."""
+
+    def __init__(self, lengths: list[list[int]], seed: int) -> None:
+        self.lengths = np.array(lengths, np.uint64).reshape(len(lengths), -1)
+        room = max(int(self.lengths.max(initial=1)), 1)
+        places = list(range(self.lengths.size))
+        random.Random(seed).shuffle(places)
+        self.memory = np.frombuffer(random.Random(seed + 1).randbytes(max(1, len(places)) * room), np.uint8).copy()
+        self._offsets = np.array(places, np.uint64).reshape(self.lengths.shape) * np.uint64(room)
+        self.addresses = np.uint64(native.address_of(self.memory)) + self._offsets
+
+    def block(self, index: int) -> bytes:
+        spans = zip(self._offsets[index].tolist(), self.lengths[index].tolist(), strict=True)
+        return b"".join(self.memory[at : at + length].tobytes() for at, length in spans)
+
+    def digests(self, seeds: U64) -> list[int]:
+        return [xxhash.xxh3_64_intdigest(self.block(i), seed) for i, seed in enumerate(seeds.tolist())]
+
+
+def random_seeds(count: int) -> U64:
+    return np.random.default_rng(count).integers(0, 1 << 64, count, np.uint64)
+
+
+shapes = some.integers(1, 4).flatmap(
+    lambda pages: some.lists(some.lists(some.integers(0, 3000), min_size=pages, max_size=pages), min_size=1, max_size=5)
+)
+
+
+@hypothesis.given(shapes, some.integers(0, 1 << 30))
+@hypothesis.settings(max_examples=150)
+def test_copied_blocks_are_equal_and_so_are_their_checksums(lengths: list[list[int]], seed: int) -> None:
+    sources, targets = Ranges(lengths, seed), Ranges(lengths, seed + 7)
+    seeds = random_seeds(len(lengths))
+    digests = native.copy_blocks(targets.addresses, sources.addresses, sources.lengths, seeds)
+    assert [targets.block(i) for i in range(len(lengths))] == [sources.block(i) for i in range(len(lengths))]
+    assert digests.tolist() == sources.digests(seeds)
+    assert native.checksums(sources.addresses, sources.lengths, seeds).tolist() == digests.tolist()
+
+
+@pytest.mark.parametrize("length", [*range(238, 260), 319, 320, 321, *range(1022, 1027), 1088, 2047, 2048, 2049, 1 << 20])
+def test_the_checksum_is_xxh3_at_every_edge_of_its_formula(length: int) -> None:
+    data = random.Random(length).randbytes(length)
+    address = np.array([[native.address_of(data)]], np.uint64)
+    for seed in (0, 1, (1 << 64) - 1):
+        expected = xxhash.xxh3_64_intdigest(data, seed)
+        lengths = np.array([[length]], np.uint64)
+        assert native.checksums(address, lengths, np.array([seed], np.uint64)).tolist() == [expected]
+        assert native.checksum(address[0], lengths[0], seed) == expected
+
+
+def test_the_checksum_does_not_depend_on_how_a_block_is_cut() -> None:
+    data = random.Random(1).randbytes(10_000)
+    expected = xxhash.xxh3_64_intdigest(data, 5)
+    base = native.address_of(data)
+    for cut in [*range(1, 200), 1024, 4096, 9999]:
+        starts = np.arange(0, len(data), cut, np.uint64)
+        lengths = np.minimum(np.uint64(cut), np.uint64(len(data)) - starts)
+        assert native.checksums((np.uint64(base) + starts)[None], lengths[None], np.array([5], np.uint64))[0] == expected
+
+
+def test_copy_ranges_copies_each_range_and_nothing_else() -> None:
+    source, target = np.arange(100, dtype=np.uint8), np.zeros(100, np.uint8)
+    bases = np.uint64(native.address_of(source)), np.uint64(native.address_of(target))
+    starts = np.array([3, 50, 99, 7], np.uint64)
+    native.copy_ranges(bases[1] + starts, bases[0] + starts, np.array([4, 10, 1, 0], np.uint64))
+    copied = [3, 4, 5, 6, *range(50, 60), 99]
+    assert np.flatnonzero(target).tolist() == copied
+    assert np.array_equal(target[copied], source[copied])
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_what_is_sent_from_ranges_arrives_in_ranges(blocking: bool) -> None:
+    """More ranges than one system call takes, and more bytes than a socket holds."""
+    sources, targets = Ranges([[977]] * 5000, 1), Ranges([[977]] * 5000, 2)
+    left, right = socket.socketpair()
+    with left, right:
+        left.setblocking(blocking)
+        right.setblocking(blocking)
+        sent: list[int] = []
+        sender = threading.Thread(
+            target=lambda: sent.append(
+                native.send_ranges(left.fileno(), sources.addresses.reshape(-1), sources.lengths.reshape(-1), 10.0)
+            )
+        )
+        sender.start()
+        received = native.recv_ranges(right.fileno(), targets.addresses.reshape(-1), targets.lengths.reshape(-1), 10.0)
+        sender.join()
+    assert sent == [received] == [977 * 5000]
+    assert all(sources.block(i) == targets.block(i) for i in range(5000))
+
+
+@pytest.mark.parametrize("lengths", [[[100, 5, 0, 700]] * 3, [[1 << 20]] * 2, [[3, 4]] * 3])
+def test_received_blocks_are_checksummed_and_followed_by_the_rest(lengths: list[list[int]]) -> None:
+    sources, targets, rest = Ranges(lengths, 1), Ranges(lengths, 2), bytearray(11)
+    seeds = random_seeds(len(lengths))
+    left, right = socket.socketpair()
+
+    def send() -> None:
+        native.send_ranges(left.fileno(), sources.addresses.reshape(-1), sources.lengths.reshape(-1), 10.0)
+        left.sendall(b"and no more, but this")
+
+    with left, right:
+        sender = threading.Thread(target=send)
+        sender.start()
+        digests = native.recv_blocks(right.fileno(), targets.addresses, targets.lengths, seeds, rest, 10.0)
+        sender.join()
+    assert digests.tolist() == sources.digests(seeds)
+    assert [targets.block(i) for i in range(len(lengths))] == [sources.block(i) for i in range(len(lengths))]
+    assert rest == b"and no more"
+
+
+def test_a_silent_peer_is_a_timeout_and_a_closed_one_a_connection_error() -> None:
+    target = Ranges([[1 << 22]], 1)
+    where = target.addresses.reshape(-1), target.lengths.reshape(-1)
+    left, right = socket.socketpair()
+    with left, right:
+        with pytest.raises(TimeoutError, match="0 bytes received"):
+            native.recv_ranges(left.fileno(), *where, 0.02)
+        with pytest.raises(TimeoutError, match="bytes sent"):
+            native.send_ranges(left.fileno(), *where, 0.02)
+        right.close()
+        with pytest.raises(ConnectionError):
+            native.recv_ranges(left.fileno(), *where, 5.0)
+        with pytest.raises(ConnectionError):
+            native.send_ranges(left.fileno(), *where, 5.0)
+
+
+def test_a_descriptor_that_is_none_is_a_connection_error() -> None:
+    target = Ranges([[10]], 1)
+    with pytest.raises(ConnectionError):
+        native.recv_ranges(-1, target.addresses.reshape(-1), target.lengths.reshape(-1), 1.0)
+
+
+def test_a_signal_within_a_transfer_is_handled_and_the_transfer_goes_on() -> None:
+    target, heard = Ranges([[100]], 1), []
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    left, right = socket.socketpair()
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def disturb() -> None:
+        for _ in range(3):
+            threading.Event().wait(0.02)
+            signal.pthread_kill(main, signal.SIGUSR1)
+        while len(heard) < 1:
+            threading.Event().wait(0.01)
+        right.sendall(bytes(100))
+
+    with left, right:
+        disturber = threading.Thread(target=disturb)
+        disturber.start()
+        try:
+            got = native.recv_ranges(left.fileno(), target.addresses.reshape(-1), target.lengths.reshape(-1), 10.0)
+        finally:
+            disturber.join()
+            signal.signal(signal.SIGUSR1, before)
+    assert got == 100
+    assert target.block(0) == bytes(100)
+
+
+def test_other_threads_run_while_bytes_are_awaited() -> None:
+    target, ran = Ranges([[100]], 1), threading.Event()
+    left, right = socket.socketpair()
+    with left, right:
+
+        def answer() -> None:
+            ran.set()
+            right.sendall(bytes(100))
+
+        threading.Timer(0.02, answer).start()
+        native.recv_ranges(left.fileno(), target.addresses.reshape(-1), target.lengths.reshape(-1), 10.0)
+    assert ran.is_set()
+
+
+def test_generations_are_stored_and_loaded_by_slot() -> None:
+    table = np.zeros(10 * 16, np.uint64)
+    base = native.address_of(table)
+    for slot in range(10):
+        native.store_generation(base + slot * 128, (1 << 63) + slot)
+    out = np.zeros(4, np.uint64)
+    native.load_generations(base, 128, np.array([9, 0, 3, 3], np.int64), out)
+    assert out.tolist() == [(1 << 63) + slot for slot in (9, 0, 3, 3)]
+    assert np.count_nonzero(table) == 10
+
+
+def test_a_view_reads_and_writes_memory_where_it_lies() -> None:
+    memory = np.arange(10, dtype=np.uint8)
+    assert bytes(native.view(native.address_of(memory) + 3, 4)) == bytes([3, 4, 5, 6])
+    native.view(native.address_of(memory) + 9, 1, writable=True)[0] = 77
+    assert memory[9] == 77
+    with pytest.raises(TypeError):
+        native.view(native.address_of(memory), 1)[0] = 1
+    with pytest.raises(ValueError, match="negative"):
+        native.view(native.address_of(memory), -1)
+
+
+def test_arguments_that_do_not_fit_together_are_refused_before_memory_is_touched() -> None:
+    one, two, wrong = np.zeros(1, np.uint64), np.zeros(2, np.uint64), np.zeros(2, np.uint32)
+    with pytest.raises(ValueError, match="differ in length"):
+        native.copy_ranges(one, two, two)
+    with pytest.raises(AssertionError):
+        native.copy_ranges(wrong, wrong, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="differ in length"):
+        native.load_generations(0, 8, np.zeros(1, np.int64), two)
