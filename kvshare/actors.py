@@ -39,6 +39,7 @@ log = logging.getLogger("kvshare")
 NAMESPACE = "kvshare"
 WATCH_SECONDS = 2.0  # a new Ray node is seen after this; asking Ray costs a quarter of a millisecond of processor time
 RETRY_SECONDS = 10.0  # a node actor that could not start is tried again after this
+CLEANINGS = 5  # rounds in which left-overs are looked for after Ray nodes came or went
 RESOLVE_SECONDS = 2.0  # for the directory's endpoint; a node that gets none tries again
 TAKE_OVER_SECONDS = 5.0  # a killed process keeps its lock while the kernel takes it apart
 ENGINE_IGNORES = ("bind", "port", "directory", "autostart")  # settings of a node that are nothing to its engines
@@ -200,6 +201,7 @@ class Supervisor:
         self._actors: dict[str, Any] = {}  # Ray node -> handle of its node actor
         self._lifetimes: dict[Any, str] = {}  # reference that resolves when the actor has ended -> Ray node
         self._failed: dict[str, tuple[float, str]] = {}  # Ray node -> when to try again, why
+        self._cleanings = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvshare-supervisor", daemon=True)
 
@@ -238,7 +240,11 @@ class Supervisor:
         for ray_node in fresh:
             self._create(ray_node)
         if gone or fresh:
-            # A Ray node that died on a host that lives leaves files there: whoever lives there removes them.
+            self._cleanings = CLEANINGS
+        if self._cleanings:
+            # A Ray node that died on a host that lives leaves files there: whoever lives there removes them. More than
+            # once, because its processes may outlive it for a moment.
+            self._cleanings -= 1
             keep = [node_name(ray_node) for ray_node in alive]
             for actor in self._actors.values():
                 actor.clean.remote(keep)

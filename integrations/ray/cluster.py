@@ -124,7 +124,7 @@ def status(cluster: str = "default") -> ClusterStatus:
         )
         for ray_node in sorted(alive)
     ]
-    return ClusterStatus(cluster, endpoint, pid, known.keys, tuple(nodes), dict(known.counters))
+    return ClusterStatus(cluster, endpoint, pid, known.keys, tuple(nodes), tuple(sorted(joined)), dict(known.counters))
 
 
 def stop(cluster: str = "default") -> None:

@@ -24,13 +24,15 @@ class NodeState:
 @dataclass(frozen=True)
 class ClusterStatus:
     """A cluster as it is now. keys: blocks that the directory can find, by key. directory: its "host:port", "" when it is
-    away (nodes and engines go on); directory_pid: of its process."""
+    away (nodes and engines go on); directory_pid: of its process. known: nodes that it knows; nodes: one per living Ray
+    node."""
 
     cluster: str
     directory: str
     directory_pid: int
     keys: int
     nodes: tuple[NodeState, ...]
+    known: tuple[str, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
 
     @property
