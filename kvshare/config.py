@@ -49,7 +49,7 @@ class Settings:
     index_keys_max: int = 8_000_000  # keys that a directory holds before it refuses new ones
 
     # Network. Whoever runs more than one host changes these.
-    secret: str = ""  # shared by the cluster; without it nothing listens on TCP
+    secret: str = dataclasses.field(default="", repr=False)  # shared by the cluster; without it nothing listens on TCP
     bind: str = "127.0.0.1"  # address that peers reach this host by
     port: int = 0  # control port; 0 takes a free one
     directory: str = ""  # "host:port" of the directory; empty: this host is alone

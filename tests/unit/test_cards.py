@@ -28,7 +28,7 @@ def test_an_engine_without_settings_attaches_to_the_node_of_its_ray_node(below_u
     leave_card(runtime_dir="/elsewhere", transports=["tcp"], secret="s" * 16, autostart=False)
     settings = Settings.load({}, below_us)
     assert (settings.socket_path, settings.transports) == ("/elsewhere/default/of-default.sock", ("tcp",))
-    assert settings.secret == "s" * 16 and not settings.autostart
+    assert settings.secret == "s" * 16 and "ssss" not in repr(settings) and not settings.autostart
 
 
 def test_environment_and_arguments_win_over_the_card(below_us: dict[str, str]) -> None:
