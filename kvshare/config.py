@@ -115,7 +115,7 @@ class Settings:
     @property
     def arena_stem(self) -> str:
         """Arena files are ``{stem}-{slot bytes}.data`` and ``.table``."""
-        return str(Path(self.shm_dir) / f"kvshare-{os.getuid()}-{self.cluster}-{self.node_name}")
+        return str(Path(self.shm_dir) / f"kvshare-{os.getuid()}-{self.cluster}@{self.node_name}")
 
     def _validate(self) -> None:
         for name in ("cluster", "node_name"):
