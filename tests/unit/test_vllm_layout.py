@@ -1,4 +1,4 @@
-"""Addresses of blocks in vLLM's KV tensors, in every memory order, and the staged path of devices that the CPU cannot address."""
+"""Addresses of blocks in vLLM's KV tensors in every memory order, and the staged path of memory that the CPU cannot address."""
 
 from __future__ import annotations
 
