@@ -2,7 +2,7 @@
 
     Connected ─> Heard(Join) ──────────> Welcome to it, NodeJoined to the others
                  Heard(Publish full) ──> its inventory is replaced
-                 Heard(Publish) ───────> its inventory changes, if the sequence has no gap; else Resync, once
+                 Heard(Publish) ───────> its inventory changes, if the sequence has no gap; else Resync
                  Heard(Find, AskPlan, Declare, AskDirectory) ──> an answer
                  Heard(Report) ────────> what is hot
     Disconnected, Lost, Tick past the heartbeat ──> its inventory is forgotten, NodeLost to the others
@@ -139,6 +139,7 @@ class _Peer:
         self.heard = heard
         self.description: NodeDescription | None = None
         self.sequence: int | None = None  # of its last publish; None: only a full one will do
+        self.asked = heard  # when it was last asked for that
 
 
 class _Misbehaved(Exception):
@@ -159,8 +160,6 @@ class Directory:
         self._busy_until: dict[str, float] = {}  # donors: when the plans made so far should be done
         self._namespaces: OrderedDict[bytes, Namespace] = OrderedDict()  # by family, latest last
         self._counters: Counter[str] = Counter()
-
-    # --- questions ----------------------------------------------------------------------------------------------------
 
     def next_deadline(self) -> float | None:
         """When the caller should `Tick` if nothing happens before; None while nobody is connected."""
@@ -247,7 +246,8 @@ class Directory:
             case Declare(ask=ask, namespace=namespace):
                 return [Send(peer.connection, Declared(ask, self._declare(namespace)))]
             case Beat():
-                return []
+                overdue = peer.sequence is None and now - peer.asked >= self._settings.heartbeat_seconds
+                return self._ask_all(peer) if overdue else []
         raise _Misbehaved(f"sent {type(message).__name__}, which is no message to a directory")
 
     def _tick(self, now: float) -> list[Command]:
@@ -292,8 +292,7 @@ class Directory:
         if node.epoch != known.epoch:
             # What it published belongs to its old epoch.
             self._index.drop(node.node)
-            peer.sequence = None
-            commands.append(Send(peer.connection, Resync()))
+            commands += self._ask_all(peer)
         return commands
 
     def _part(self, peer: _Peer, reason: str) -> list[Command]:
@@ -338,18 +337,21 @@ class Directory:
         elif peer.sequence is None:
             return []  # its full inventory is on its way
         elif publish.epoch != node.epoch or publish.sequence != peer.sequence + 1:
-            peer.sequence = None
-            self._counters["resyncs"] += 1
-            return [Send(peer.connection, Resync())]
+            return self._ask_all(peer)
         peer.sequence = publish.sequence
         self._index.remove(node.node, publish.removed)
         refused = self._index.add(node.node, publish.stored)
-        first = refused > 0 and self._counters["refused"] == 0
         self._counters["refused"] += refused
-        if not first:
+        if refused == 0 or self._counters["refused"] > refused:
             return []
         limit = self._settings.index_keys_max
         return [Tell(f"the directory is full (setting 'index_keys_max' is {limit}): more blocks are not shared; raise it")]
+
+    def _ask_all(self, peer: _Peer) -> list[Command]:
+        """Once for each gap; again with a heartbeat if it was in vain."""
+        self._counters["resyncs"] += 1
+        peer.sequence, peer.asked = None, peer.heard
+        return [Send(peer.connection, Resync())]
 
     def _find(self, node: NodeDescription, wanted: list[bytes]) -> list[list[Location]]:
         self._counters["finds"] += 1
@@ -360,8 +362,6 @@ class Directory:
                     key=lambda where: self._description(where.node).host_id != node.host_id
                 )  # stable: freshest first in each
         return found + [[] for _ in wanted[FIND_KEYS_MAX:]]
-
-    # --- what is hot --------------------------------------------------------------------------------------------------
 
     def _plan(self, node: NodeDescription, ask: AskPlan, now: float) -> Plan:
         self._counters["plans"] += 1
@@ -395,6 +395,5 @@ class Directory:
 
 
 def _require_keys(keys: Iterable[bytes]) -> None:
-    """Whatever a node says, no key costs us more than it should."""
     if not all(PREFIX_BYTES < len(key) <= KEY_BYTES_MAX for key in keys):
         raise _Misbehaved("sent a key of a length that no key has")

@@ -6,9 +6,8 @@
 The loop runs in a daemon thread, so that a server works alike in a Ray actor, a command-line process and a test. All state
 is touched on the loop only; `node_lost`, `status`, `stop` may be called from any thread.
 
-Limits: connections, bytes of a frame, seconds of a handshake and of silence, bytes waiting in an outbox (``message_bytes_max``,
-too). A node that does not
-read is cut off; it comes back, joins and publishes everything. Idle, the server sleeps.
+Limits: connections, bytes of a frame and of an outbox (``message_bytes_max``), seconds of a handshake and of silence. A node
+that does not read is cut off; it comes back, joins and publishes everything. Idle, the server sleeps.
 """
 
 from __future__ import annotations

@@ -321,6 +321,17 @@ def test_a_break_in_the_sequence_asks_for_everything_once_and_ignores_the_rest(p
     assert play.find(b, "x", "w", "v") == [[], ["a"], ["a"]]
 
 
+def test_an_inventory_that_does_not_come_is_asked_for_again_with_a_heartbeat(play: Play) -> None:
+    a = play.join("a")
+    assert play.hear(a, Beat()) == []
+    play.now += 5.0
+    assert play.hear(a, Beat()) == [Send(a, Resync())]
+    assert play.hear(a, Beat()) == []
+    play.publish(a, "a", 9, [], full=True)
+    play.now += 5.0
+    assert play.hear(a, Beat()) == []
+
+
 def test_a_publish_of_another_epoch_asks_for_everything(play: Play) -> None:
     a, b = play.join("a", stored("x")), play.join("b")
     assert play.publish(a, "a", 2, stored("y"), epoch=EPOCH + 1) == [Send(a, Resync())]
