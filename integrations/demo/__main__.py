@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from kvshare.integrations.demo.cluster import Machine, interruptible, undisturbed
+from kvshare.integrations.demo.cluster import Machine, first_line, interruptible, undisturbed
 from kvshare.integrations.demo.report import Report, draw, table, to_json, write_json
 from kvshare.integrations.demo.scenario import Options, Results, Scenario, report
 from kvshare.integrations.testing import TOKENS_MAX
@@ -42,31 +42,32 @@ def main() -> int:
 
 def run(options: Options, json_only: bool) -> int:
     began = time.monotonic()
-    progress = sys.stderr if json_only else sys.stdout
+    progress = sys.stderr if json_only else sys.stdout  # bound now: Ray's own chatter is sent elsewhere
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=progress, flush=True)
 
-    machine = Machine(ARENA_BYTES, options.verbose)
+    machine = Machine(ARENA_BYTES, say, options.verbose)
     scenario = Scenario(options, machine, say)
     results: Results | None = None
     code = 1
-    try:
-        results = scenario.run()
-    except KeyboardInterrupt:
-        say("interrupted")
-        code = 130
-    except Exception as error:
-        # Whatever it was (Ray's errors, vLLM's, ours): told in a sentence, with the logs, after everything is cleaned up.
-        say(f"the demo could not go on: {type(error).__name__}: {_first_line(error)}")
-        if machine.keep_logs(options.output / "demo-logs"):
-            say(f"logs of its processes: {options.output / 'demo-logs'}")
-    finally:
-        with undisturbed():
-            say("stopping everything")
-            stopping = time.monotonic()
-            left_behind = machine.stop()
-            scenario.seconds["stopping"] = round(time.monotonic() - stopping, 3)
+    with machine.quiet():
+        try:
+            results = scenario.run()
+        except KeyboardInterrupt:
+            say("interrupted")
+            code = 130
+        except Exception as error:
+            # Whatever it was (Ray's, vLLM's, ours): told in a line, with the logs, after everything is cleaned up.
+            say(f"the demo could not go on: {first_line(error)}")
+            if machine.keep_logs(options.output / "demo-logs"):
+                say(f"logs of its processes: {options.output / 'demo-logs'}")
+        finally:
+            with undisturbed():
+                say("stopping everything")
+                began_stopping = time.monotonic()
+                left_behind = machine.stop()
+                scenario.seconds["stopping"] = round(time.monotonic() - began_stopping, 3)
     if results is None:
         if left_behind:
             say(f"had to be removed by force: {', '.join(left_behind)}")
@@ -86,11 +87,6 @@ def tell(figures: Report, options: Options, json_only: bool) -> int:
         picture = "no picture (it needs matplotlib), "
     print(f"\n{table(figures)}\n\n{picture}figures: {options.output / 'demo.json'}")
     return int(bool(figures.shortfalls))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else ""
 
 
 if __name__ == "__main__":

@@ -35,13 +35,14 @@ ENGINE_SECONDS = 900.0  # to load a large model
 class Machine:
     """One run's processes, files and memory. Start it, stop it; `stop` returns what it could not get rid of in good order.
 
-    arena_bytes: of each node; verbose: show what the actors print.
+    arena_bytes: of each node; say: prints a line; verbose: show what Ray and the actors print.
     """
 
-    def __init__(self, arena_bytes: int, verbose: bool = False) -> None:
+    def __init__(self, arena_bytes: int, say: Callable[[str], None], verbose: bool = False) -> None:
         self.run = f"demo-{os.getpid()}-{secrets.token_hex(3)}"
         self.folder = _private_folder()
         self._arena_bytes = arena_bytes
+        self._say = say
         self._verbose = verbose
         self._shm_dir = Path(Settings().shm_dir)
         self._cluster: Any = None
@@ -125,13 +126,25 @@ class Machine:
         shutil.rmtree(self.folder, ignore_errors=True)
         return left
 
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """What Ray prints in this process goes to a file of the run: a dying raylet alone makes it print a hundred lines."""
+        if self._verbose:
+            yield
+            return
+        with open(self.folder / "driver.log", "w") as log:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                yield
+
     def keep_logs(self, target: Path) -> bool:
-        """Copy what the actors printed to ``target``. True when there was anything."""
+        """Copy what Ray, engines and nodes printed to ``target``. True when there was anything."""
         logs = self.folder / "ray" / "session_latest" / "logs"
         if not logs.is_dir():
             return False
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(logs, target, ignore_dangling_symlinks=True, ignore=_only_text)
+        shutil.copytree(logs, target, ignore_dangling_symlinks=True, ignore=_other_than_text)
+        if (self.folder / "driver.log").is_file():
+            shutil.copy(self.folder / "driver.log", target)
         return True
 
     def _set_environment(self) -> None:
@@ -165,7 +178,7 @@ class Machine:
             try:
                 step()
             except Exception as error:  # whatever it was, the next step is due; what stays is told by our caller
-                print(f"  (while stopping: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+                self._say(f"  while stopping: {first_line(error)}")
 
     def _processes(self) -> list[tuple[int, str]]:
         """Living processes that carry our mark, ourselves excepted."""
@@ -218,5 +231,11 @@ def _private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="kvd-", dir="/tmp"))
 
 
-def _only_text(_folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if not name.endswith((".log", ".out", ".err")) and "." in name]
+def first_line(error: BaseException) -> str:
+    """An error in one line. Of an error that crossed Ray the last line is the one that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def _other_than_text(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.endswith((".log", ".out", ".err")) and not (Path(folder) / name).is_dir()]

@@ -125,7 +125,8 @@ class Engine:
                 self._llm.llm_engine.add_request(request_id, {"prompt_token_ids": token_ids}, self._sampling)
             outputs = self._llm.llm_engine.step()
             # Only now, when the successor's step has run too: who listens may pull the plug under its blocks.
-            yield from finished
+            for answer in finished:  # no "yield from": Ray sends values into a generator, and a list takes none
+                yield answer
             finished = []
             for output in outputs:
                 request = running[output.request_id]
@@ -133,7 +134,8 @@ class Engine:
                 if output.finished:
                     del running[output.request_id]
                     finished.append((request.name, request.served(output)))
-        yield from finished
+        for answer in finished:
+            yield answer
 
 
 @dataclass

@@ -72,7 +72,7 @@ class Report:
     warm_blocks_wanted: int
     blocks_pulled: int  # by B's node before B was declared ready
     bytes_pulled: int
-    donors: dict[str, int]  # node -> blocks pulled from it
+    donors: dict[str, int]  # "host A" -> blocks pulled from its node
     warm_s: float
     survived_kill: bool
     kill_requests: int  # traffic around the kill, all of it
@@ -134,14 +134,14 @@ def table(report: Report) -> str:
     """The whole story in a dozen lines."""
     longest = max(seconds for _, seconds in report.bars())
     width = max(len(name) for name, _ in report.bars())
-    lines = [f"Time to first token, {report.prefix_tokens:,} shared tokens ahead ({report.model})", ""]
+    lines = [f"Time to first token behind {report.prefix_tokens:,} shared tokens ({report.model}, {_where(report)})", ""]
     for name, seconds in report.bars():
         bar = "█" * max(1, round(seconds / longest * BAR_CHARACTERS))
         lines.append(
             f"  {name.ljust(width)}  {seconds:7.3f} s  {bar.ljust(BAR_CHARACTERS)}  {_times(report, seconds)}".rstrip()
         )
     pulled = f"{report.blocks_pulled} blocks, {report.bytes_pulled / MIB:,.0f} MiB over tcp in {report.warm_s:.2f} s"
-    donors = ", ".join(f"{blocks} from node {node}" for node, blocks in report.donors.items()) or "from nobody"
+    donors = ", ".join(f"{blocks} from {node}" for node, blocks in report.donors.items()) or "from nobody"
     kill_rest = report.kill_requests - report.kill_before
     rows = [
         ("joined warm", f"pulled {pulled} before it was declared ready ({donors})"),
@@ -192,7 +192,11 @@ def draw(report: Report, path: Path) -> None:
         axes.spines[side].set_visible(False)
     figure.text(0.03, 0.925, "A vLLM worker that arrives warm", fontsize=15, fontweight="bold")
     figure.text(
-        0.03, 0.865, f"{report.prefix_tokens:,} shared tokens before each prompt · {report.model}", fontsize=10, color="#555555"
+        0.03,
+        0.865,
+        f"{report.prefix_tokens:,} shared tokens before each prompt · {report.model} · {_where(report)}",
+        fontsize=10,
+        color="#555555",
     )
     figure.text(0.03, 0.045, _caption(report), fontsize=9.5, color="#333333", linespacing=1.5, va="bottom")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,6 +214,11 @@ def _caption(report: Report) -> str:
             "answered right.",
         ]
     )
+
+
+def _where(report: Report) -> str:
+    machine = report.machine
+    return f"{machine.get('gpus')} GPUs" if machine.get("device") == "cuda" else f"{machine.get('cores', '?')} CPU cores"
 
 
 def _label(report: Report, seconds: float) -> str:
