@@ -10,7 +10,7 @@ import time
 
 from common import Child, Fleet, arguments, progress, prompt, report, summary
 
-WINDOW_SECONDS = 20.0
+WINDOW_SECONDS = 30.0
 SETTLE_SECONDS = 3.0
 
 

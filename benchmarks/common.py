@@ -28,6 +28,7 @@ import numpy as np
 
 from kvshare.config import Settings
 from kvshare.errors import Unavailable
+from kvshare.leftovers import remove_leftovers
 from kvshare.messages import AskStatus, NodeStatus
 from kvshare.session import call
 
