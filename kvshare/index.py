@@ -108,15 +108,12 @@ class MemoryIndex:
     def locate(self, keys: Sequence[bytes], exclude: str, locations_max: int) -> list[list[Location]]:
         found: list[list[Location]] = []
         for key in keys:
-            places: list[Location] = []
-            found.append(places)
-            for name in reversed(_names(self._holders.get(key, ()))):
-                if name == exclude:
-                    continue
-                if len(places) == locations_max:
-                    break
-                block = self._held[name][key]
-                places.append(Location(name, block.region, block.slot, block.generation, block.length))
+            names = self._holders.get(key, ())
+            if isinstance(names, str):
+                found.append([] if names == exclude else [_location(names, self._held[names][key])])
+                continue
+            chosen = [name for name in reversed(names) if name != exclude][:locations_max]
+            found.append([_location(name, self._held[name][key]) for name in chosen])
         return found
 
     def held_by(self, node: str) -> Set[bytes]:
@@ -152,6 +149,10 @@ class MemoryIndex:
             del self._holders[key]
         else:
             self._holders[key] = names[0] if len(names) == 1 else names
+
+
+def _location(node: str, block: Stored) -> Location:
+    return Location(node, block.region, block.slot, block.generation, block.length)
 
 
 def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
