@@ -9,7 +9,7 @@
 #include <time.h>
 
 #define IOVECS_MAX 1024 /* the kernel's limit for one sendmsg or recvmsg */
-#define PIECE_BYTES (128 << 10) /* copied or received, then hashed: small enough to be in the second-level cache still */
+#define PIECE_BYTES (128 << 10) /* received, then hashed: small enough to be in the second-level cache still */
 
 static inline void *pointer(uint64_t address)
 {
@@ -29,10 +29,9 @@ void hasher_begin(Hasher *hasher, const uint64_t *seeds, uint64_t *digests, size
         xxh3_begin(&hasher->state, seeds[0]);
 }
 
-static void hasher_feed(Hasher *hasher, uint64_t address, uint64_t length)
+static int hasher_wants(const Hasher *hasher)
 {
-    if (hasher->range < hasher->count * hasher->pages)
-        xxh3_update(&hasher->state, pointer(address), length);
+    return hasher != NULL && hasher->range < hasher->count * hasher->pages;
 }
 
 static void hasher_end_range(Hasher *hasher)
@@ -48,19 +47,34 @@ static void hasher_end_range(Hasher *hasher)
 
 void copy_all(const uint64_t *targets, const uint64_t *sources, const uint64_t *lengths, size_t count, Hasher *hasher)
 {
+    uint64_t total = 0;
+    for (size_t i = 0; i < count; i++)
+        total += lengths[i];
+    int stream = total >= STREAM_BYTES_MIN;
     for (size_t i = 0; i < count; i++) {
-        uint64_t piece_max = hasher != NULL ? PIECE_BYTES : UINT64_MAX;
-        for (uint64_t done = 0; done < lengths[i];) {
-            uint64_t piece = lengths[i] - done < piece_max ? lengths[i] - done : piece_max;
-            if (sources != NULL)
-                memcpy(pointer(targets[i] + done), pointer(sources[i] + done), piece);
-            if (hasher != NULL)
-                hasher_feed(hasher, targets[i] + done, piece); /* the target: what landed is what counts */
-            done += piece;
-        }
+        if (!hasher_wants(hasher))
+            memcpy(pointer(targets[i]), pointer(sources[i]), lengths[i]);
+        else if (sources == NULL)
+            xxh3_update(&hasher->state, pointer(targets[i]), lengths[i]);
+        else
+            xxh3_copy(&hasher->state, pointer(targets[i]), pointer(sources[i]), lengths[i], stream);
         if (hasher != NULL)
             hasher_end_range(hasher);
     }
+    if (stream)
+        xxh3_fence();
+}
+
+void copy_block(const uint64_t *targets, const uint8_t *source, const uint64_t *page_bytes, size_t pages, uint64_t seed,
+                uint64_t *digest, int stream)
+{
+    Xxh3 state;
+    xxh3_begin(&state, seed);
+    for (size_t page = 0; page < pages; page++) {
+        xxh3_copy(&state, pointer(targets[page]), source, page_bytes[page], stream);
+        source += page_bytes[page];
+    }
+    *digest = state.length >= XXH3_LENGTH_MIN ? xxh3_finish(&state) : 0;
 }
 
 /* --- sockets ---------------------------------------------------------------------------------------------------- */
@@ -104,8 +118,8 @@ static void advance(Stream *stream, uint64_t moved)
     while (stream->range < stream->count) {
         uint64_t left = stream->lengths[stream->range] - stream->offset;
         uint64_t step = moved < left ? moved : left;
-        if (stream->hasher != NULL && step > 0)
-            hasher_feed(stream->hasher, stream->addresses[stream->range] + stream->offset, step);
+        if (step > 0 && hasher_wants(stream->hasher))
+            xxh3_update(&stream->hasher->state, pointer(stream->addresses[stream->range] + stream->offset), step);
         stream->offset += step;
         moved -= step;
         if (step < left)

@@ -21,6 +21,12 @@ void hasher_begin(Hasher *hasher, const uint64_t *seeds, uint64_t *digests, size
 /* Copy ranges; with sources NULL only hash. With hasher NULL only copy. */
 void copy_all(const uint64_t *targets, const uint64_t *sources, const uint64_t *lengths, size_t count, Hasher *hasher);
 
+#define STREAM_BYTES_MIN (1 << 20) /* a copy of more would not stay in the cache anyway: it goes past it */
+
+/* Copy one block from where it lies in one piece to its pages; its digest, if it is long enough for one, else 0. */
+void copy_block(const uint64_t *targets, const uint8_t *source, const uint64_t *page_bytes, size_t pages, uint64_t seed,
+                uint64_t *digest, int stream);
+
 /* A transfer through a socket: all of its ranges, in order. */
 typedef struct {
     int fd;

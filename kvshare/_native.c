@@ -1,5 +1,5 @@
 /* Bulk bytes without the GIL: copies, socket transfers and generation tables over whole lists of ranges.
- * The moving itself is in _moves.c, the checksum in _xxh3.c.
+ * The moving itself is in _moves.c, reads of slots in _slots.c, the checksum in _xxh3.c.
  *
  * Every function takes plain addresses; kvshare/native.py is the typed face and says who keeps the memory alive.
  */
@@ -11,6 +11,12 @@
 #include <string.h>
 
 #include "_moves.h"
+#include "_slots.h"
+
+static inline void *pointer(unsigned long long address)
+{
+    return (void *)(uintptr_t)address;
+}
 
 /* A borrowed array of 64-bit numbers. */
 typedef struct {
@@ -204,6 +210,69 @@ static PyObject *recv_blocks(PyObject *Py_UNUSED(module), PyObject *const *args,
 
 /* --- generations ------------------------------------------------------------------------------------------------ */
 
+static PyObject *load_headers_(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    static const char *const names[] = {"slots", "lengths", "checksums", "generations"};
+    Array arrays[4];
+    unsigned long long table;
+    if (nargs != 5) {
+        PyErr_SetString(PyExc_TypeError, "load_headers(table, slots, lengths, checksums, generations)");
+        return NULL;
+    }
+    table = PyLong_AsUnsignedLongLong(args[0]);
+    if (PyErr_Occurred() || take_equal(args + 1, names, 4, arrays) < 0)
+        return NULL;
+    load_headers(pointer(table), (const int64_t *)arrays[0].items, (size_t)arrays[0].count, arrays[1].items, arrays[2].items,
+                 arrays[3].items);
+    give_arrays(arrays, 4);
+    Py_RETURN_NONE;
+}
+
+static PyObject *read_slots_(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    static const char *const names[] = {"slots", "expected", "seeds", "generations", "checksums", "digests"};
+    unsigned long long numbers[4]; /* table, data, slot_bytes, available */
+    Array blocks[6], pages[2];     /* of pages: targets, page_bytes */
+    if (nargs != 12) {
+        PyErr_SetString(PyExc_TypeError, "read_slots takes 12 arguments");
+        return NULL;
+    }
+    for (int i = 0; i < 4; i++)
+        numbers[i] = PyLong_AsUnsignedLongLong(args[i]);
+    if (PyErr_Occurred() || take_equal(args + 4, names, 6, blocks) < 0)
+        return NULL;
+    if (take_array(args[10], PyBUF_SIMPLE, "targets", &pages[0]) < 0) {
+        give_arrays(blocks, 6);
+        return NULL;
+    }
+    int held = take_array(args[11], PyBUF_SIMPLE, "page_bytes", &pages[1]) < 0 ? 1 : 2;
+    int fits = held == 2 && pages[0].count == blocks[0].count * pages[1].count;
+    if (fits) {
+        SlotRead read = {.table = pointer(numbers[0]), .data = pointer(numbers[1]), .slot_bytes = numbers[2]};
+        read.available = numbers[3];
+        read.slots = (const int64_t *)blocks[0].items;
+        read.expected = blocks[1].items;
+        read.seeds = blocks[2].items;
+        read.count = (size_t)blocks[0].count;
+        read.targets = pages[0].items;
+        read.page_bytes = pages[1].items;
+        read.pages = (size_t)pages[1].count;
+        read.generations = blocks[3].items;
+        read.checksums = blocks[4].items;
+        read.digests = blocks[5].items;
+        Py_BEGIN_ALLOW_THREADS
+        read_slots(&read);
+        Py_END_ALLOW_THREADS
+    } else if (held == 2) {
+        PyErr_SetString(PyExc_ValueError, "targets need one address per block and page");
+    }
+    give_arrays(pages, held);
+    give_arrays(blocks, 6);
+    if (!fits)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *load_generations(PyObject *Py_UNUSED(module), PyObject *args)
 {
     unsigned long long table, stride;
@@ -219,7 +288,7 @@ static PyObject *load_generations(PyObject *Py_UNUSED(module), PyObject *args)
     }
     int equal = slots.count == out.count;
     if (equal) {
-        /* The caller has copied slots: those loads must be over before ours (an acquire load alone lets them sink). */
+        /* As in load_headers: what this thread read before is over. */
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
         for (Py_ssize_t i = 0; i < slots.count; i++)
             out.items[i] = __atomic_load_n((uint64_t *)(uintptr_t)(table + stride * slots.items[i]), __ATOMIC_ACQUIRE);
@@ -277,6 +346,8 @@ static PyMethodDef methods[] = {
     {"send_ranges", (PyCFunction)(void (*)(void))send_ranges, METH_FASTCALL, NULL},
     {"recv_ranges", (PyCFunction)(void (*)(void))recv_ranges, METH_FASTCALL, NULL},
     {"recv_blocks", (PyCFunction)(void (*)(void))recv_blocks, METH_FASTCALL, NULL},
+    {"load_headers", (PyCFunction)(void (*)(void))load_headers_, METH_FASTCALL, NULL},
+    {"read_slots", (PyCFunction)(void (*)(void))read_slots_, METH_FASTCALL, NULL},
     {"load_generations", load_generations, METH_VARARGS, NULL},
     {"store_generation", store_generation, METH_VARARGS, NULL},
     {"view", view, METH_VARARGS, NULL},

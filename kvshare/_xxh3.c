@@ -10,6 +10,7 @@
 #define PRIME64_3 0x165667B19E3779F9ULL
 #define PRIME64_4 0x85EBCA77C2B2AE63ULL
 #define PRIME64_5 0x27D4EB2F165667C5ULL
+#define PREFETCH_BYTES 1024
 #define STRIPES ((XXH3_SECRET - XXH3_STRIPE) / 8) /* between two scramblings: the secret moves 8 bytes a stripe */
 
 static const uint8_t SECRET[XXH3_SECRET] = {
@@ -41,58 +42,81 @@ static inline void sum_stripe(uint64_t *sums, const uint8_t *data, const uint8_t
     }
 }
 
-/* Sum `count` stripes; `stripe` counts those since the last scrambling, which comes when the secret is used up. Returns the
- * new count. This is where the time goes, so it is made once per instruction set: WORDS is a vector of 64-bit words, MULTIPLY
- * multiplies the low halves of two of them, SWAP exchanges neighbours. A whole kilobyte is unrolled: a loop of 16 that ends
- * by a mispredicted branch takes nearly twice as long. */
-typedef unsigned SumStripes(uint64_t *sums, const uint8_t *secret, unsigned stripe, const uint8_t *data, size_t count);
+/* How stripes are copied while they are summed. A byte is loaded once: what is summed is what is stored. */
+enum { SUM_ONLY, STORE, STREAM }; /* STREAM: past the cache, to an aligned target, for copies larger than it */
 
-#define SUM_ONE(WORDS, MULTIPLY, SWAP, DATA, SECRET_AT)                              \
-    for (size_t part = 0; part < XXH3_STRIPE / sizeof(WORDS); part++) {              \
-        WORDS value, key;                                                            \
-        memcpy(&value, (DATA) + part * sizeof value, sizeof value);                  \
-        __asm__("" : IN_REGISTER(value)); /* or it is loaded twice */                 \
-        memcpy(&key, (SECRET_AT) + part * sizeof key, sizeof key);                   \
-        key ^= value;                                                                \
-        totals[part] += SWAP(value) + (WORDS)MULTIPLY(key, key >> 32);               \
-    }
+/* Sum `count` stripes and copy them; `stripe` counts those since the last scrambling, which comes when the secret is used up.
+ * Returns the new count. This is where the time goes, so it is made once per instruction set and mode: WORDS is a vector of
+ * 64-bit words, MULTIPLY multiplies the low halves of two of them, SWAP exchanges neighbours, STREAM_STORE stores past the
+ * cache. A whole kilobyte is unrolled: a loop of 16 that ends by a mispredicted branch takes nearly twice as long. */
+typedef unsigned SumStripes(uint64_t *sums, const uint8_t *secret, unsigned stripe, const uint8_t *data, size_t count,
+                            uint8_t *target, int mode);
 
-#define SCRAMBLE(WORDS, MULTIPLY)                                                                       \
-    for (size_t part = 0; part < XXH3_STRIPE / sizeof(WORDS); part++) {                                 \
-        const WORDS prime = PRIME32_1 - (WORDS){0};                                                     \
-        WORDS key;                                                                                      \
-        memcpy(&key, secret + XXH3_SECRET - XXH3_STRIPE + part * sizeof key, sizeof key);               \
-        key ^= totals[part] ^ (totals[part] >> 47);                                                     \
-        totals[part] = (WORDS)MULTIPLY(key, prime) + ((WORDS)MULTIPLY(key >> 32, prime) << 32);         \
-    }
+#define INLINE static inline __attribute__((always_inline))
 
-#define DEFINE_SUM_STRIPES(NAME, TARGET, WORDS, MULTIPLY, SWAP)                                                             \
-    TARGET static unsigned NAME(uint64_t *sums, const uint8_t *secret, unsigned stripe, const uint8_t *data, size_t count)  \
-    {                                                                                                                       \
-        WORDS totals[XXH3_STRIPE / sizeof(WORDS)];                                                                          \
-        memcpy(totals, sums, sizeof totals);                                                                                \
-        while (count > 0) {                                                                                                 \
-            if (stripe == 0 && count >= STRIPES) {                                                                          \
-                _Pragma("GCC unroll 16") for (size_t i = 0; i < STRIPES; i++)                                               \
-                {                                                                                                           \
-                    __builtin_prefetch(data + i * XXH3_STRIPE + 1024);                                                      \
-                    SUM_ONE(WORDS, MULTIPLY, SWAP, data + i * XXH3_STRIPE, secret + 8 * i)                                  \
-                }                                                                                                           \
-                data += STRIPES * XXH3_STRIPE;                                                                              \
-                count -= STRIPES;                                                                                           \
-                SCRAMBLE(WORDS, MULTIPLY)                                                                                   \
-                continue;                                                                                                   \
-            }                                                                                                               \
-            SUM_ONE(WORDS, MULTIPLY, SWAP, data, secret + 8 * stripe)                                                       \
-            data += XXH3_STRIPE;                                                                                            \
-            count--;                                                                                                        \
-            if (++stripe == STRIPES) {                                                                                      \
-                SCRAMBLE(WORDS, MULTIPLY)                                                                                   \
-                stripe = 0;                                                                                                 \
-            }                                                                                                               \
-        }                                                                                                                   \
-        memcpy(sums, totals, sizeof totals);                                                                                \
-        return stripe;                                                                                                      \
+#define DEFINE_SUM_STRIPES(NAME, TARGET, WORDS, MULTIPLY, SWAP, STREAM_STORE)                                                \
+    TARGET INLINE void NAME##_one(WORDS *totals, const uint8_t *data, const uint8_t *secret, uint8_t *target, int mode)      \
+    {                                                                                                                        \
+        for (size_t part = 0; part < XXH3_STRIPE / sizeof(WORDS); part++) {                                                  \
+            WORDS value, key;                                                                                                \
+            memcpy(&value, data + part * sizeof value, sizeof value);                                                        \
+            memcpy(&key, secret + part * sizeof key, sizeof key);                                                            \
+            __asm__("" : IN_REGISTER(value)); /* or it is loaded twice */                                                    \
+            if (mode == STREAM)                                                                                              \
+                STREAM_STORE(target + part * sizeof value, value);                                                           \
+            else if (mode == STORE)                                                                                          \
+                memcpy(target + part * sizeof value, &value, sizeof value);                                                  \
+            key ^= value;                                                                                                    \
+            totals[part] += SWAP(value) + (WORDS)MULTIPLY(key, key >> 32);                                                   \
+        }                                                                                                                    \
+    }                                                                                                                        \
+    TARGET INLINE void NAME##_scramble(WORDS *totals, const uint8_t *secret)                                                 \
+    {                                                                                                                        \
+        const WORDS prime = PRIME32_1 - (WORDS){0};                                                                          \
+        for (size_t part = 0; part < XXH3_STRIPE / sizeof(WORDS); part++) {                                                  \
+            WORDS key;                                                                                                       \
+            memcpy(&key, secret + XXH3_SECRET - XXH3_STRIPE + part * sizeof key, sizeof key);                                \
+            key ^= totals[part] ^ (totals[part] >> 47);                                                                      \
+            totals[part] = (WORDS)MULTIPLY(key, prime) + ((WORDS)MULTIPLY(key >> 32, prime) << 32);                          \
+        }                                                                                                                    \
+    }                                                                                                                        \
+    TARGET INLINE unsigned NAME##_mode(uint64_t *sums, const uint8_t *secret, unsigned stripe, const uint8_t *data,          \
+                                       size_t count, uint8_t *target, int mode)                                              \
+    {                                                                                                                        \
+        WORDS totals[XXH3_STRIPE / sizeof(WORDS)];                                                                           \
+        memcpy(totals, sums, sizeof totals);                                                                                 \
+        while (count > 0) {                                                                                                  \
+            size_t run = 1;                                                                                                  \
+            if (stripe == 0 && count >= STRIPES) {                                                                           \
+                run = STRIPES;                                                                                               \
+                _Pragma("GCC unroll 16") for (size_t i = 0; i < STRIPES; i++)                                                \
+                {                                                                                                            \
+                    __builtin_prefetch(data + i * XXH3_STRIPE + PREFETCH_BYTES);                                             \
+                    NAME##_one(totals, data + i * XXH3_STRIPE, secret + 8 * i, target + i * XXH3_STRIPE, mode);              \
+                }                                                                                                            \
+            } else {                                                                                                         \
+                NAME##_one(totals, data, secret + 8 * stripe, target, mode);                                                 \
+            }                                                                                                                \
+            data += run * XXH3_STRIPE;                                                                                       \
+            target += mode == SUM_ONLY ? 0 : run * XXH3_STRIPE;                                                              \
+            count -= run;                                                                                                    \
+            stripe += (unsigned)run;                                                                                         \
+            if (stripe == STRIPES) {                                                                                         \
+                NAME##_scramble(totals, secret);                                                                             \
+                stripe = 0;                                                                                                  \
+            }                                                                                                                \
+        }                                                                                                                    \
+        memcpy(sums, totals, sizeof totals);                                                                                 \
+        return stripe;                                                                                                       \
+    }                                                                                                                        \
+    TARGET static unsigned NAME(uint64_t *sums, const uint8_t *secret, unsigned stripe, const uint8_t *data, size_t count,   \
+                                uint8_t *target, int mode)                                                                   \
+    {                                                                                                                        \
+        if (mode == STREAM)                                                                                                  \
+            return NAME##_mode(sums, secret, stripe, data, count, target, STREAM);                                           \
+        if (mode == STORE)                                                                                                   \
+            return NAME##_mode(sums, secret, stripe, data, count, target, STORE);                                            \
+        return NAME##_mode(sums, secret, stripe, data, count, target, SUM_ONLY);                                             \
     }
 
 #if defined(__x86_64__)
@@ -107,9 +131,12 @@ typedef uint64_t Words8 __attribute__((vector_size(64)));
 #define SWAP2(value) ((Words2)_mm_shuffle_epi32((__m128i)(value), 0x4e))
 #define SWAP4(value) ((Words4)_mm256_shuffle_epi32((__m256i)(value), 0x4e))
 #define SWAP8(value) ((Words8)_mm512_shuffle_epi32((__m512i)(value), 0x4e))
-DEFINE_SUM_STRIPES(sum_stripes_sse2, , Words2, MULTIPLY2, SWAP2)
-DEFINE_SUM_STRIPES(sum_stripes_avx2, __attribute__((target("avx2"))), Words4, MULTIPLY4, SWAP4)
-DEFINE_SUM_STRIPES(sum_stripes_avx512, __attribute__((target("avx512f"))), Words8, MULTIPLY8, SWAP8)
+#define STREAM2(target, value) _mm_stream_si128((__m128i *)(target), (__m128i)(value))
+#define STREAM4(target, value) _mm256_stream_si256((__m256i *)(target), (__m256i)(value))
+#define STREAM8(target, value) _mm512_stream_si512((__m512i *)(target), (__m512i)(value))
+DEFINE_SUM_STRIPES(sum_stripes_sse2, , Words2, MULTIPLY2, SWAP2, STREAM2)
+DEFINE_SUM_STRIPES(sum_stripes_avx2, __attribute__((target("avx2"))), Words4, MULTIPLY4, SWAP4, STREAM4)
+DEFINE_SUM_STRIPES(sum_stripes_avx512, __attribute__((target("avx512f"))), Words8, MULTIPLY8, SWAP8, STREAM8)
 
 static SumStripes *choose(void)
 {
@@ -122,7 +149,8 @@ static SumStripes *choose(void)
 #define IN_REGISTER(value) "+w"(value)
 #define MULTIPLY2(a, b) vmull_u32(vmovn_u64(a), vmovn_u64(b))
 #define SWAP2(value) vextq_u64(value, value, 1)
-DEFINE_SUM_STRIPES(sum_stripes_neon, , uint64x2_t, MULTIPLY2, SWAP2)
+#define STORE2(target, value) memcpy(target, &(value), sizeof(value))
+DEFINE_SUM_STRIPES(sum_stripes_neon, , uint64x2_t, MULTIPLY2, SWAP2, STORE2)
 
 static SumStripes *choose(void)
 {
@@ -146,33 +174,58 @@ void xxh3_begin(Xxh3 *state, uint64_t seed)
     state->length = 0;
 }
 
-void xxh3_update(Xxh3 *state, const void *input, size_t length)
+/* Sum whole stripes of the input, and copy them where there is a target. */
+static void take_stripes(Xxh3 *state, const uint8_t *data, size_t count, uint8_t *target, int stream)
+{
+    int mode = target == NULL ? SUM_ONLY : stream && (uintptr_t)target % XXH3_STRIPE == 0 ? STREAM : STORE;
+    state->stripe = choose()(state->sums, state->secret, state->stripe, data, count, target, mode);
+}
+
+void xxh3_copy(Xxh3 *state, void *output, const void *input, size_t length, int stream)
 {
     const uint8_t *data = input;
-    uint8_t *pending = state->tail + XXH3_STRIPE;
+    uint8_t *target = output, *pending = state->tail + XXH3_STRIPE;
     state->length += length;
-    if (state->pending + length <= XXH3_STRIPE) {
-        memcpy(pending + state->pending, data, length);
-        state->pending += length;
-        return;
-    }
-    if (state->pending > 0) {
-        size_t missing = XXH3_STRIPE - state->pending;
-        memcpy(pending + state->pending, data, missing);
-        data += missing;
-        length -= missing;
-        state->stripe = choose()(state->sums, state->secret, state->stripe, pending, 1);
+    if (state->pending > 0 || length <= XXH3_STRIPE) {
+        size_t taken = XXH3_STRIPE - state->pending < length ? XXH3_STRIPE - state->pending : length;
+        memcpy(pending + state->pending, data, taken);
+        if (target != NULL) {
+            memcpy(target, pending + state->pending, taken);
+            target += taken;
+        }
+        state->pending += taken;
+        data += taken;
+        length -= taken;
+        if (length == 0)
+            return; /* one byte or more stays pending: the last stripe is summed by finish */
+        take_stripes(state, pending, 1, NULL, 0);
         memcpy(state->tail, pending, XXH3_STRIPE);
     }
-    size_t count = (length - 1) / XXH3_STRIPE; /* one byte or more stays: the last stripe is summed by finish */
+    size_t count = (length - 1) / XXH3_STRIPE;
     if (count > 0) {
-        state->stripe = choose()(state->sums, state->secret, state->stripe, data, count);
+        take_stripes(state, data, count, target, stream);
         data += count * XXH3_STRIPE;
+        target += target == NULL ? 0 : count * XXH3_STRIPE;
         length -= count * XXH3_STRIPE;
-        memcpy(state->tail, data - XXH3_STRIPE, XXH3_STRIPE);
+        /* From where it was copied to, if it was: the input may have changed since. */
+        memcpy(state->tail, target != NULL ? target - XXH3_STRIPE : data - XXH3_STRIPE, XXH3_STRIPE);
     }
     memcpy(pending, data, length);
     state->pending = length;
+    if (target != NULL)
+        memcpy(target, pending, length);
+}
+
+void xxh3_update(Xxh3 *state, const void *input, size_t length)
+{
+    xxh3_copy(state, NULL, input, length, 0);
+}
+
+void xxh3_fence(void)
+{
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
 }
 
 static inline uint64_t fold(uint64_t a, uint64_t b)

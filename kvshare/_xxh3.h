@@ -23,6 +23,9 @@ typedef struct {
 } Xxh3;
 
 void xxh3_begin(Xxh3 *state, uint64_t seed);
+/* Update by what is copied on the way. `stream`: past the cache; before another thread may see it, call `xxh3_fence`. */
+void xxh3_copy(Xxh3 *state, void *target, const void *data, size_t length, int stream);
+void xxh3_fence(void);
 void xxh3_update(Xxh3 *state, const void *data, size_t length);
 uint64_t xxh3_finish(Xxh3 *state);
 

@@ -8,7 +8,7 @@ Threads: every function may be called from any thread; those that move bytes rel
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,60 @@ def load_generations(table_address: int, stride: int, slots: I64, out: U64) -> N
     """
     assert slots.dtype == np.int64 and out.dtype == np.uint64
     _native.load_generations(table_address, stride, np.ascontiguousarray(slots), out)
+
+
+class Headers(NamedTuple):
+    """Fields of slots' headers, uint64 [n] each."""
+
+    lengths: U64
+    checksums: U64
+    generations: U64
+
+
+def load_headers(table_address: int, slots: I64) -> Headers:
+    """Headers of ``slots`` (int64 [n], checked by the caller to lie in the table of 128-byte headers at ``table_address``).
+
+    Generations are loaded last: equal to what is expected, they vouch for the other fields and for all that this thread read
+    before.
+    """
+    assert slots.dtype == np.int64
+    headers = Headers(*np.empty((3, len(slots)), np.uint64))
+    _native.load_headers(table_address, np.ascontiguousarray(slots), *headers)
+    return headers
+
+
+class Found(NamedTuple):
+    """Outcome of `read_slots`, uint64 [blocks] each. ``generations``: as they were after the copy, unequal to the expected
+    where nothing was copied; ``checksums``: what the headers told; ``digests``: of what was copied."""
+
+    generations: U64
+    checksums: U64
+    digests: U64
+
+
+def read_slots(
+    addresses: tuple[int, int],
+    slot_bytes: int,
+    available: int,
+    slots: I64,
+    expected: U64,
+    seeds: U64,
+    targets: U64,
+    page_bytes: U64,
+) -> Found:
+    """A validated read of a mapped region: copy each block that is there at its expected generation, and digest what is copied.
+
+    addresses: of header 0 and of slot 0. available: slots from there on are never touched. slots: int64 [blocks], any numbers;
+    expected (generations), seeds: uint64 [blocks]; targets: uint64 [blocks, pages]; page_bytes: uint64 [pages].
+    """
+    assert slots.dtype == np.int64
+    found = Found(*np.zeros((3, len(slots)), np.uint64))
+    where, sizes = _u64(targets), _u64(page_bytes)
+    blocks = (np.ascontiguousarray(slots), _u64(expected), _u64(seeds), *found)
+    _native.read_slots(*addresses, slot_bytes, available, *blocks, where, sizes)
+    if int(sizes.sum()) < FUSED_BYTES_MIN:
+        found.digests[:] = checksums(where, np.broadcast_to(sizes, where.shape), seeds)
+    return found
 
 
 def store_generation(address: int, value: int) -> None:

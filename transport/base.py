@@ -121,7 +121,7 @@ class Transfer:
 
     def __init__(self) -> None:
         self._done = threading.Event()
-        self._cancelled = threading.Event()
+        self._cancelled = False
         self._completion: Completion | None = None
         self._callbacks: list[Callable[[Completion], None]] = []
         self._lock = threading.Lock()
@@ -139,14 +139,14 @@ class Transfer:
 
     def cancel(self) -> None:
         """Ask for an early end. Not a fence: only the `Completion` is."""
-        self._cancelled.set()
+        self._cancelled = True
         on_cancel = self.on_cancel
         if on_cancel is not None:
             on_cancel()
 
     @property
     def cancelled(self) -> bool:
-        return self._cancelled.is_set()
+        return self._cancelled
 
     def then(self, callback: Callable[[Completion], None]) -> None:
         """Call ``callback(completion)`` in the thread that completes the transfer (at once if it is complete)."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from kvshare import native
-from kvshare.transport.base import U64, BlockStatus, Completion, ReadRequest, Transfer, Transport, failed
+from kvshare.transport.base import U64, BlockStatus, ReadRequest, Transfer, Transport, failed
 from kvshare.transport.clock import Clock
 
 if TYPE_CHECKING:

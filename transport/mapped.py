@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import time
 from abc import abstractmethod
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -21,7 +20,6 @@ import numpy.typing as npt
 from kvshare import native
 from kvshare.errors import KVShareError
 from kvshare.transport.base import (
-    I64,
     U64,
     BlockStatus,
     Completion,
@@ -31,6 +29,7 @@ from kvshare.transport.base import (
     Transport,
     failed,
 )
+from kvshare.transport.workers import Workers
 
 if TYPE_CHECKING:
     from kvshare.messages import RegionDescription
@@ -39,48 +38,28 @@ if TYPE_CHECKING:
 U8 = npt.NDArray[np.uint8]
 
 
-def admitted(region: Region, slots: I64, generations: U64, length: int) -> U8:
-    """Statuses before a read: OK where a slot holds a block of ``length`` bytes at that generation, else STALE.
-
-    Only the memory of admitted slots may be touched: others may have none (a hole in a file), or another length.
-    """
-    fits = (slots >= 0) & (slots < region.available_slots)
-    if length > region.slot_bytes or not fits.all():
-        statuses = np.full(len(slots), BlockStatus.STALE, np.uint8)
-        if length <= region.slot_bytes:
-            statuses[fits] = admitted(region, slots[fits], generations[fits], length)
-        return statuses
-    same = (region.generations(slots) == generations) & (region.lengths(slots) == length) & (generations % 2 == 0)
-    return np.where(same, BlockStatus.OK, BlockStatus.STALE).astype(np.uint8)
-
-
 def judged(expected: U64, generations: U64, checksums: U64, digests: U64) -> U8:
     """Statuses after a read. generations: loaded after the bytes and after ``checksums``, those that the slots' headers told;
     digests: of what landed. A torn block also has a wrong digest, hence the order of the two questions."""
-    statuses = np.where(checksums == digests, BlockStatus.OK, BlockStatus.CORRUPT).astype(np.uint8)
+    statuses: U8 = np.where(checksums == digests, np.uint8(BlockStatus.OK), np.uint8(BlockStatus.CORRUPT))
     statuses[generations != expected] = BlockStatus.STALE
     return statuses
 
 
 def read_mapped(region: Region, request: ReadRequest, start: int, stop: int, tamper: Tamper | None = None) -> U8:
     """Copy blocks ``start`` to ``stop`` of ``request`` out of a region mapped here; their statuses."""
-    slots, expected = request.slots[start:stop], request.generations[start:stop]
-    page_bytes = request.targets.page_bytes
-    statuses = admitted(region, slots, expected, request.targets.block_bytes)
-    live = slice(None) if not statuses.any() else np.flatnonzero(statuses == BlockStatus.OK)
-    slots, expected = slots[live], expected[live]
-    targets = request.targets.addresses[start:stop][live]
-    offsets = np.cumsum(page_bytes) - page_bytes
-    sources = (np.uint64(region.data_address) + slots.astype(np.uint64) * np.uint64(region.slot_bytes))[:, None] + offsets
-    lengths = np.broadcast_to(page_bytes, targets.shape)
-    seeds = request.seeds[start:stop][live]
-    digests = native.copy_blocks(targets, sources, lengths, seeds)
+    expected, seeds = request.generations[start:stop], request.seeds[start:stop]
+    targets, page_bytes = request.targets.addresses[start:stop], request.targets.page_bytes
+    places = (region.table_address, region.data_address)
+    found = native.read_slots(
+        places, region.slot_bytes, region.available_slots, request.slots[start:stop], expected, seeds, targets, page_bytes
+    )
+    digests = found.digests
     if tamper is not None:
+        lengths = np.broadcast_to(page_bytes, targets.shape)
         tamper(targets, lengths)
         digests = native.checksums(targets, lengths, seeds)
-    checksums = region.checksums(slots)
-    statuses[live] = judged(expected, region.generations(slots), checksums, digests)
-    return statuses
+    return judged(expected, found.generations, found.checksums, digests)
 
 
 class _MappedRead:
@@ -152,7 +131,7 @@ class MappedTransport(Transport):
     def __init__(self, threads: int) -> None:
         assert threads >= 1
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"kvshare-{self.name}")
+        self._pool = Workers(f"kvshare-{self.name}", threads)
         self._running: set[_MappedRead] = set()
         self._running_lock = threading.Lock()
         self._closed = False
@@ -191,4 +170,4 @@ class MappedTransport(Transport):
             running = list(self._running)
         for read in running:
             read.transfer.cancel()
-        self._pool.shutdown(wait=True)
+        self._pool.close()

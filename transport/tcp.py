@@ -19,7 +19,6 @@ import os
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
@@ -33,6 +32,7 @@ from kvshare.transport.mapped import judged
 from kvshare.transport.tcp_peer import Part, Peer
 from kvshare.transport.tcp_protocol import BLOCKS_MAX, PORTION_BYTES, VERDICT, VERDICT_MAGIC, ReadBlocks
 from kvshare.transport.tcp_server import DataServer
+from kvshare.transport.workers import Workers
 
 if TYPE_CHECKING:
     from kvshare.messages import RegionDescription
@@ -155,7 +155,7 @@ class TcpTransport(Transport):
         # More streams than half the processors only take turns: one stream already uses one on either side.
         self._parts_max = min(streams, max(1, (os.cpu_count() or 1) // 2))
         self._server = DataServer(secret, bind, port) if bind and secret else None
-        self._pool = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="kvshare-tcp-read")
+        self._pool = Workers("kvshare-tcp-read", THREADS_MAX)
         self._clock = Clock("kvshare-tcp-clock")
         self._peers: dict[str, Peer] = {}  # by node
         self._reads: set[Transfer] = set()
@@ -257,7 +257,7 @@ class TcpTransport(Transport):
             transfer.cancel()
         for peer in peers:
             peer.close(BlockStatus.CANCELLED, "transport tcp is closed")
-        self._pool.shutdown(wait=True)
+        self._pool.close()
         self._clock.close()
         if self._server is not None:
             self._server.close()

@@ -14,13 +14,13 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from concurrent.futures import Executor
 
 from kvshare import wire
 from kvshare.errors import KVShareError, ProtocolError, Unavailable
 from kvshare.transport.base import BlockStatus, Transfer
 from kvshare.transport.clock import Clock
 from kvshare.transport.tcp_protocol import PURPOSE, shut_down, tune
+from kvshare.transport.workers import Workers
 
 log = logging.getLogger("kvshare")
 
@@ -65,13 +65,13 @@ class Part(ABC):
 
 
 class Peer:
-    """See the module's docstring. ``executor`` runs parts, ``clock`` ends those that wait too long for a connection."""
+    """See the module's docstring. ``workers`` run parts, ``clock`` ends those that wait too long for a connection."""
 
-    def __init__(self, endpoint: str, secret: str, streams: int, executor: Executor, clock: Clock) -> None:
+    def __init__(self, endpoint: str, secret: str, streams: int, workers: Workers, clock: Clock) -> None:
         self.endpoint = endpoint
         self._secret = secret
         self._streams = streams
-        self._executor = executor
+        self._workers = workers
         self._clock = clock
         self._lock = threading.Lock()
         self._idle: list[socket.socket] = []
@@ -136,7 +136,7 @@ class Peer:
         """Locked: see that somebody takes what waits."""
         if self._waiting and len(self._running) < self._streams and self._runners < self._streams:
             self._runners += 1
-            self._executor.submit(self._drain)
+            self._workers.submit(self._drain)
 
     def _drain(self) -> None:
         while True:

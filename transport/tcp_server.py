@@ -27,7 +27,7 @@ import numpy as np
 from kvshare import native, wire
 from kvshare.errors import ConfigError, ProtocolError
 from kvshare.transport.base import I64, U64, BlockStatus
-from kvshare.transport.mapped import admitted
+from kvshare.transport.mapped import U8
 from kvshare.transport.tcp_protocol import (
     PURPOSE,
     REQUEST_BYTES_MAX,
@@ -205,7 +205,7 @@ class DataServer:
         if region is None or request.length < 1:
             statuses = np.full(len(slots), BlockStatus.UNREACHABLE, np.uint8)
         else:
-            statuses = admitted(region, slots, generations, request.length)
+            statuses = _admitted(region, slots, generations, request.length)
         verdict = VERDICT.pack(VERDICT_MAGIC, len(slots)) + statuses.tobytes()
         slots = slots[statuses == BlockStatus.OK]
         self._count("requests")
@@ -229,5 +229,20 @@ class DataServer:
         lengths = np.full(len(slots) + 1, length, np.uint64)
         lengths[0] = len(before)
         native.send_ranges(sock.fileno(), addresses, lengths, self._send_seconds)
-        checksums = region.checksums(slots)  # before the generations: what they vouch for
-        return region.generations(slots).tobytes() + checksums.tobytes()
+        after = native.load_headers(region.table_address, slots)
+        return after.generations.tobytes() + after.checksums.tobytes()
+
+
+def _admitted(region: Region, slots: I64, generations: U64, length: int) -> U8:
+    """OK where a slot holds a block of ``length`` bytes at that generation, else STALE. The memory of others is not touched:
+    it may not be there."""
+    fits = (slots >= 0) & (slots < region.available_slots) & (length <= region.slot_bytes)
+    if not fits.all():
+        statuses = np.full(len(slots), BlockStatus.STALE, np.uint8)
+        if fits.any():
+            statuses[fits] = _admitted(region, slots[fits], generations[fits], length)
+        return statuses
+    headers = native.load_headers(region.table_address, slots)
+    same = (headers.generations == generations) & (headers.lengths == length) & (generations % 2 == 0)
+    admitted: U8 = np.where(same, np.uint8(BlockStatus.OK), np.uint8(BlockStatus.STALE))
+    return admitted

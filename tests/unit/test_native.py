@@ -15,6 +15,7 @@ import pytest
 import xxhash
 
 from kvshare import native
+from kvshare.region import HEADER
 
 U64 = npt.NDArray[np.uint64]
 
@@ -203,6 +204,51 @@ def test_generations_are_stored_and_loaded_by_slot() -> None:
     native.load_generations(base, 128, np.array([9, 0, 3, 3], np.int64), out)
     assert out.tolist() == [(1 << 63) + slot for slot in (9, 0, 3, 3)]
     assert np.count_nonzero(table) == 10
+
+
+def test_headers_are_where_the_region_module_says() -> None:
+    assert HEADER.itemsize == 128
+    table = np.zeros(8, HEADER)
+    for slot in range(8):
+        table["generation"][slot], table["checksum"][slot], table["length"][slot] = 100 + slot, (1 << 63) + slot, 7 * slot
+        table["flags"][slot], table["key_bytes"][slot] = 0xFFFF, 0xFFFF
+    headers = native.load_headers(native.address_of(table), np.array([5, 0, 7], np.int64))
+    assert headers.generations.tolist() == [105, 100, 107]
+    assert headers.checksums.tolist() == [(1 << 63) + slot for slot in (5, 0, 7)]
+    assert headers.lengths.tolist() == [35, 0, 49]
+
+
+@pytest.mark.parametrize("length", [90, 241, 5000])
+def test_slots_are_read_where_their_generation_length_and_place_are_right(length: int) -> None:
+    data, table = Ranges([[5000]] * 6, 3), np.zeros(6, HEADER)
+    memory = data.memory.reshape(6, -1)
+    table["generation"], table["checksum"], table["length"] = [2, 4, 6, 7, 8, 10], np.arange(6) + 50, length
+    table["length"][4] = length - 1
+    slots = np.array([1, 3, 4, 0, 5, -1, 6, 2], np.int64)
+    expected = np.array([4, 7, 8, 4, 10, 4, 4, 6], np.uint64)
+    there = [0, 7]  # slot 5 is not available, 3 is odd, 4 has another length, 0 another generation, the others are no slots
+    targets, seeds = Ranges([[30, length - 30]] * 8, 4), random_seeds(8)
+    before = targets.memory.copy()
+    places = (native.address_of(table), native.address_of(data.memory))
+    found = native.read_slots(places, 5000, 5, slots, expected, seeds, targets.addresses, targets.lengths[0])
+    assert np.flatnonzero(found.generations == expected).tolist() == there
+    for block in there:
+        content = memory[slots[block], :length].tobytes()
+        assert targets.block(block) == content
+        assert found.digests[block] == xxhash.xxh3_64_intdigest(content, int(seeds[block]))
+        assert found.checksums[block] == 50 + slots[block]
+    assert np.count_nonzero(targets.memory != before) <= length * len(there)
+
+
+def test_a_block_longer_than_its_slot_is_not_read() -> None:
+    table = np.zeros(2, HEADER)
+    table["generation"], table["length"] = 2, 200
+    memory, target = np.zeros(300, np.uint8), np.zeros(200, np.uint8)
+    places = (native.address_of(table), native.address_of(memory))
+    one = np.ones(1, np.uint64)
+    where = np.array([[native.address_of(target)]], np.uint64)
+    found = native.read_slots(places, 100, 2, np.zeros(1, np.int64), 2 * one, one, where, 200 * one)
+    assert found.generations[0] != 2
 
 
 def test_a_view_reads_and_writes_memory_where_it_lies() -> None:

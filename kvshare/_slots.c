@@ -1,0 +1,49 @@
+#include "_slots.h"
+
+#include "_moves.h"
+
+_Static_assert(sizeof(Header) == 128, "two cache lines");
+
+void load_headers(const Header *table, const int64_t *slots, size_t count, uint64_t *lengths, uint64_t *checksums,
+                  uint64_t *generations)
+{
+    for (size_t i = 0; i < count; i++) {
+        lengths[i] = table[slots[i]].length;
+        checksums[i] = table[slots[i]].checksum;
+    }
+    /* Loads from before must be over: an acquire load alone lets them sink below itself. */
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    for (size_t i = 0; i < count; i++)
+        generations[i] = __atomic_load_n(&table[slots[i]].generation, __ATOMIC_ACQUIRE);
+}
+
+static int is_there(const SlotRead *read, size_t block, uint64_t length)
+{
+    int64_t slot = read->slots[block];
+    uint64_t generation = read->expected[block];
+    if (slot < 0 || (uint64_t)slot >= read->available || generation == 0 || generation % 2 != 0)
+        return 0;
+    return __atomic_load_n(&read->table[slot].generation, __ATOMIC_ACQUIRE) == generation &&
+           read->table[slot].length == length;
+}
+
+void read_slots(const SlotRead *read)
+{
+    uint64_t length = 0;
+    for (size_t page = 0; page < read->pages; page++)
+        length += read->page_bytes[page];
+    int stream = length * read->count >= STREAM_BYTES_MIN;
+    for (size_t block = 0; block < read->count; block++) {
+        if (length > read->slot_bytes || !is_there(read, block, length)) {
+            read->generations[block] = ~read->expected[block];
+            continue;
+        }
+        uint64_t slot = (uint64_t)read->slots[block];
+        copy_block(read->targets + block * read->pages, read->data + slot * read->slot_bytes, read->page_bytes, read->pages,
+                   read->seeds[block], &read->digests[block], stream);
+        uint64_t unused;
+        load_headers(read->table, &read->slots[block], 1, &unused, &read->checksums[block], &read->generations[block]);
+    }
+    if (stream)
+        xxh3_fence();
+}

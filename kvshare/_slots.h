@@ -1,0 +1,38 @@
+/* Validated reads of a mapped region: what `kvshare.region` writes down, read without Python. */
+#ifndef KVSHARE_SLOTS_H
+#define KVSHARE_SLOTS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* A header's fields; kvshare/region.py has the format, tests/unit/test_native.py holds the two together. */
+typedef struct {
+    uint64_t generation;
+    uint64_t checksum;
+    uint32_t length;
+    uint8_t rest[108];
+} Header;
+
+/* Load headers: length and checksum first, then the generation that vouches for them and for all that this thread read. */
+void load_headers(const Header *table, const int64_t *slots, size_t count, uint64_t *lengths, uint64_t *checksums,
+                  uint64_t *generations);
+
+typedef struct {
+    const Header *table;
+    const uint8_t *data;
+    uint64_t slot_bytes;
+    uint64_t available; /* slots beyond have no memory and are never touched */
+    const int64_t *slots;
+    const uint64_t *expected; /* generations */
+    const uint64_t *seeds;
+    size_t count; /* blocks */
+    const uint64_t *targets; /* pages of block 0, pages of block 1, ... */
+    const uint64_t *page_bytes;
+    size_t pages;
+    uint64_t *generations, *checksums, *digests; /* results, one per block */
+} SlotRead;
+
+/* Copy the blocks that are there and digest what is copied. For the others, the generation is made to differ from the expected. */
+void read_slots(const SlotRead *read);
+
+#endif
