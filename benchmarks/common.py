@@ -194,8 +194,7 @@ class Fleet:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for child in reversed(self._children):
             child.stop()
-        for left in Path(Settings().shm_dir).glob(f"kvshare-{os.getuid()}-{self.cluster}@*"):
-            left.unlink(missing_ok=True)
+        remove_leftovers(self.settings("node"))
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def settings(self, node_name: str, **overrides: Any) -> Settings:
