@@ -83,11 +83,10 @@ def engine(house: House, child: EngineChild, model: str, reference: dict[str, An
 
 def agree(output: dict[str, Any], expected: dict[str, Any]) -> bool:
     """Equal up to where bfloat16 made another choice between tokens of nearly equal probability."""
-    count = len(output["tokens"])
-    different = [i for i in range(count) if output["tokens"][i] != expected["tokens"][i]]
-    alike = different[0] if different else count
-    near = np.allclose(output["logprobs"][: alike + 1], expected["logprobs"][: alike + 1], rtol=0, atol=CLOSE)
-    return bool(near) and alike >= 1
+    pairs = list(zip(output["tokens"], expected["tokens"], strict=False))
+    alike = next((i for i, (one, two) in enumerate(pairs) if one != two), len(pairs) - 1)
+    ours, theirs = output["logprobs"][: alike + 1], expected["logprobs"][: alike + 1]
+    return alike >= 1 and bool(np.allclose(ours, theirs, rtol=0, atol=CLOSE))
 
 
 def test_preempted_requests_and_reused_blocks_stay_right(house: House, engine: EngineChild, reference: dict[str, Any]) -> None:
