@@ -19,6 +19,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from kvshare.integrations.demo.engine import Engine, Ready
 MARK = "DEMO_OF_KVSHARE_RUN"  # no setting of ours: those begin with KVSHARE_
 SOCKET_BYTES_MAX = 40  # of the run's folder: Ray and we put sockets below it, whose names are short of space
 WAIT_SECONDS = 60.0
+CLOSE_SECONDS = 15.0
 GONE_SECONDS = 15.0  # processes that were told to end take this long at most
 ENGINE_SECONDS = 900.0  # to load a large model
 
@@ -50,6 +52,7 @@ class Machine:
         self._hosts: dict[str, str] = {}  # Ray's id of a node -> "a" or "b"
         self._kvshare: Any = None
         self._engines: dict[str, Any] = {}
+        self._ready: set[str] = set()  # hosts whose engine has started and can be told to end
         self._set_environment()
 
     def start(self) -> None:
@@ -65,13 +68,14 @@ class Machine:
         )
         self._raylets = {"b": self._cluster.head_node, "a": self._cluster.add_node(**common, resources={"a": 1})}
         ray.init(address=self._cluster.address, log_to_driver=self._verbose, logging_level="ERROR")
+        take_signals()  # back from Ray, whose handler of SIGTERM aborts this process after three seconds
         self._hosts = {node["NodeID"]: host for node in ray.nodes() for host in self._raylets if host in node["Resources"]}
         self._kvshare = kvshare_ray.start(
             cluster=self.run,
             transports=("tcp",),  # as between two hosts, although both are this machine
             runtime_dir=str(self.folder / "run"),
             arena_bytes=self._arena_bytes,
-            transfer_seconds=2.0,
+            lookup_seconds=0.5,  # all processes of two hosts share these few cores: be patient before a question is a miss
         )
         self._kvshare.wait(WAIT_SECONDS)
 
@@ -85,7 +89,9 @@ class Machine:
             .remote(**arguments)
         )
         self._engines[host] = actor
-        return actor, ray.get(actor.ready.remote(), timeout=ENGINE_SECONDS)
+        ready = ray.get(actor.ready.remote(), timeout=ENGINE_SECONDS)
+        self._ready.add(host)
+        return actor, ready
 
     def nodes(self) -> dict[str, Any]:
         """State of each host's kvshare node (`kvshare.integrations.ray.NodeState`), by host."""
@@ -169,8 +175,10 @@ class Machine:
 
         cluster, self._cluster = self._cluster, None
         steps: list[Callable[[], object]] = []
-        for actor in self._engines.values():
-            steps += [lambda actor=actor: ray.get(actor.close.remote(), timeout=30.0), lambda actor=actor: ray.kill(actor)]  # type: ignore[misc]
+        for host, actor in self._engines.items():
+            if host in self._ready:
+                steps.append(partial(self._close_engine, actor))
+            steps.append(partial(ray.kill, actor))
         if self._kvshare is not None:
             steps.append(self._kvshare.stop)
         steps += [ray.shutdown, cluster.shutdown]
@@ -179,6 +187,12 @@ class Machine:
                 step()
             except Exception as error:  # whatever it was, the next step is due; what stays is told by our caller
                 self._say(f"  while stopping: {first_line(error)}")
+
+    def _close_engine(self, actor: Any) -> None:
+        import ray
+
+        with contextlib.suppress(ray.exceptions.GetTimeoutError):  # it is busy with what was interrupted
+            ray.get(actor.close.remote(), timeout=CLOSE_SECONDS)
 
     def _processes(self) -> list[tuple[int, str]]:
         """Living processes that carry our mark, ourselves excepted."""
@@ -201,15 +215,17 @@ class Machine:
 def interruptible() -> Iterator[None]:
     """SIGTERM and SIGHUP end the demo as Ctrl-C does: cleanly."""
 
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    former = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    former = take_signals()
     try:
         yield
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def take_signals() -> dict[signal.Signals, Any]:
+    """Make SIGTERM and SIGHUP what Ctrl-C is; returns the former handlers."""
+    return {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
 
 
 @contextlib.contextmanager
