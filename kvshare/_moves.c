@@ -9,6 +9,7 @@
 #include <time.h>
 
 #define IOVECS_MAX 1024 /* the kernel's limit for one sendmsg or recvmsg */
+#define CALL_LIMIT 250000 /* microseconds */
 #define PIECE_BYTES (128 << 10) /* received, then hashed: small enough to be in the second-level cache still */
 
 static inline void *pointer(uint64_t address)
@@ -94,6 +95,18 @@ void stream_begin(Stream *stream)
     stream->deadline = now() + stream->seconds;
 }
 
+/* A blocking call that waits for all its bytes in the kernel wakes up far less often than one that is polled for. So that it
+ * ends when a peer falls silent, it gets a time limit, a short one: ours is about progress, the kernel's about the call. */
+static struct timeval limit_calls(const Stream *stream, struct timeval limit)
+{
+    int option = stream->sending ? SO_SNDTIMEO : SO_RCVTIMEO;
+    struct timeval before = {0};
+    socklen_t size = sizeof before;
+    getsockopt(stream->fd, SOL_SOCKET, option, &before, &size);
+    setsockopt(stream->fd, SOL_SOCKET, option, &limit, sizeof limit);
+    return before;
+}
+
 static size_t fill(const Stream *stream, struct iovec *vectors)
 {
     size_t filled = 0;
@@ -145,7 +158,7 @@ static Outcome wait_ready(int fd, short events, double deadline)
     return errno == EINTR ? SIGNALLED : FAILED;
 }
 
-Outcome stream_run(Stream *stream)
+static Outcome run_limited(Stream *stream)
 {
     struct iovec vectors[IOVECS_MAX];
     for (;;) {
@@ -155,9 +168,8 @@ Outcome stream_run(Stream *stream)
             return MOVED;
         }
         struct msghdr message = {.msg_iov = vectors, .msg_iovlen = filled};
-        /* MSG_DONTWAIT: the socket may be a blocking one; the time limit is ours. */
-        ssize_t moved = stream->sending ? sendmsg(stream->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
-                                        : recvmsg(stream->fd, &message, MSG_DONTWAIT);
+        ssize_t moved = stream->sending ? sendmsg(stream->fd, &message, MSG_NOSIGNAL)
+                                        : recvmsg(stream->fd, &message, MSG_WAITALL);
         if (moved > 0) {
             advance(stream, (uint64_t)moved);
             stream->deadline = now() + stream->seconds;
@@ -173,4 +185,16 @@ Outcome stream_run(Stream *stream)
         if (outcome != MOVED)
             return outcome;
     }
+}
+
+Outcome stream_run(Stream *stream)
+{
+    long microseconds = (long)(stream->seconds * 1e6 / 4);
+    struct timeval limit = {.tv_usec = microseconds < 1000 ? 1000 : microseconds > CALL_LIMIT ? CALL_LIMIT : microseconds};
+    struct timeval before = limit_calls(stream, limit);
+    Outcome outcome = run_limited(stream);
+    int error = errno;
+    limit_calls(stream, before);
+    errno = error;
+    return outcome;
 }

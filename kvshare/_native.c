@@ -228,6 +228,36 @@ static PyObject *load_headers_(PyObject *Py_UNUSED(module), PyObject *const *arg
     Py_RETURN_NONE;
 }
 
+static PyObject *find_slots(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    static const char *const names[] = {"slots", "expected"};
+    unsigned long long numbers[4]; /* table, available, slot_bytes, length */
+    Array arrays[2];
+    Py_buffer there;
+    if (nargs != 7) {
+        PyErr_SetString(PyExc_TypeError, "find_slots(table, available, slot_bytes, length, slots, expected, there)");
+        return NULL;
+    }
+    for (int i = 0; i < 4; i++)
+        numbers[i] = PyLong_AsUnsignedLongLong(args[i]);
+    if (PyErr_Occurred() || take_equal(args + 4, names, 2, arrays) < 0)
+        return NULL;
+    int held = PyObject_GetBuffer(args[6], &there, PyBUF_WRITABLE) == 0;
+    int fits = held && there.len == arrays[0].count;
+    for (Py_ssize_t i = 0; fits && i < arrays[0].count; i++)
+        ((uint8_t *)there.buf)[i] =
+            numbers[3] <= numbers[2] && slot_holds(pointer(numbers[0]), numbers[1], (int64_t)arrays[0].items[i],
+                                                   arrays[1].items[i], numbers[3]);
+    if (held && !fits)
+        PyErr_SetString(PyExc_ValueError, "slots and there differ in length");
+    if (held)
+        PyBuffer_Release(&there);
+    give_arrays(arrays, 2);
+    if (!fits)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *read_slots_(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     static const char *const names[] = {"slots", "expected", "seeds", "generations", "checksums", "digests"};
@@ -347,6 +377,7 @@ static PyMethodDef methods[] = {
     {"recv_ranges", (PyCFunction)(void (*)(void))recv_ranges, METH_FASTCALL, NULL},
     {"recv_blocks", (PyCFunction)(void (*)(void))recv_blocks, METH_FASTCALL, NULL},
     {"load_headers", (PyCFunction)(void (*)(void))load_headers_, METH_FASTCALL, NULL},
+    {"find_slots", (PyCFunction)(void (*)(void))find_slots, METH_FASTCALL, NULL},
     {"read_slots", (PyCFunction)(void (*)(void))read_slots_, METH_FASTCALL, NULL},
     {"load_generations", load_generations, METH_VARARGS, NULL},
     {"store_generation", store_generation, METH_VARARGS, NULL},

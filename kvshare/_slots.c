@@ -17,14 +17,11 @@ void load_headers(const Header *table, const int64_t *slots, size_t count, uint6
         generations[i] = __atomic_load_n(&table[slots[i]].generation, __ATOMIC_ACQUIRE);
 }
 
-static int is_there(const SlotRead *read, size_t block, uint64_t length)
+int slot_holds(const Header *table, uint64_t available, int64_t slot, uint64_t generation, uint64_t length)
 {
-    int64_t slot = read->slots[block];
-    uint64_t generation = read->expected[block];
-    if (slot < 0 || (uint64_t)slot >= read->available || generation == 0 || generation % 2 != 0)
+    if (slot < 0 || (uint64_t)slot >= available || generation == 0 || generation % 2 != 0)
         return 0;
-    return __atomic_load_n(&read->table[slot].generation, __ATOMIC_ACQUIRE) == generation &&
-           read->table[slot].length == length;
+    return __atomic_load_n(&table[slot].generation, __ATOMIC_ACQUIRE) == generation && table[slot].length == length;
 }
 
 void read_slots(const SlotRead *read)
@@ -34,7 +31,8 @@ void read_slots(const SlotRead *read)
         length += read->page_bytes[page];
     int stream = length * read->count >= STREAM_BYTES_MIN;
     for (size_t block = 0; block < read->count; block++) {
-        if (length > read->slot_bytes || !is_there(read, block, length)) {
+        if (length > read->slot_bytes || 
+            !slot_holds(read->table, read->available, read->slots[block], read->expected[block], length)) {
             read->generations[block] = ~read->expected[block];
             continue;
         }

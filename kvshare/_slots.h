@@ -17,11 +17,15 @@ typedef struct {
 void load_headers(const Header *table, const int64_t *slots, size_t count, uint64_t *lengths, uint64_t *checksums,
                   uint64_t *generations);
 
+/* Does this slot hold a block of `length` bytes at that generation? Slots of any number may be asked for; those from `available`
+ * on have no memory and are not touched. */
+int slot_holds(const Header *table, uint64_t available, int64_t slot, uint64_t generation, uint64_t length);
+
 typedef struct {
     const Header *table;
     const uint8_t *data;
     uint64_t slot_bytes;
-    uint64_t available; /* slots beyond have no memory and are never touched */
+    uint64_t available;
     const int64_t *slots;
     const uint64_t *expected; /* generations */
     const uint64_t *seeds;

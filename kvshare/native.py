@@ -74,6 +74,22 @@ def load_headers(table_address: int, slots: I64) -> Headers:
     return headers
 
 
+def find_slots(
+    table_address: int, available: int, slot_bytes: int, slots: I64, expected: U64, length: int
+) -> npt.NDArray[np.bool_]:
+    """Which of ``slots`` (int64 [n], any numbers) hold a block of ``length`` bytes at its ``expected`` generation, bool [n].
+
+    Headers of slots from ``available`` on are not touched.
+    """
+    assert slots.dtype == np.int64
+    there = np.empty(len(slots), np.bool_)
+    if not 0 < length <= slot_bytes:
+        there[:] = False
+        return there
+    _native.find_slots(table_address, available, slot_bytes, length, np.ascontiguousarray(slots), _u64(expected), there)
+    return there
+
+
 class Found(NamedTuple):
     """Outcome of `read_slots`, uint64 [blocks] each. ``generations``: as they were after the copy, unequal to the expected
     where nothing was copied; ``checksums``: what the headers told; ``digests``: of what was copied."""

@@ -14,6 +14,7 @@ Threads: parts run in a pool, whose threads are made as needed, and on waiting t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -24,13 +25,22 @@ from typing import TYPE_CHECKING, ClassVar
 import msgspec
 import numpy as np
 
-from kvshare import native, wire
+from kvshare import native
 from kvshare.errors import ProtocolError
 from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Tamper, Transfer, Transport, failed
 from kvshare.transport.clock import Clock
 from kvshare.transport.mapped import judged
 from kvshare.transport.tcp_peer import Part, Peer
-from kvshare.transport.tcp_protocol import BLOCKS_MAX, PORTION_BYTES, VERDICT, VERDICT_MAGIC, ReadBlocks
+from kvshare.transport.tcp_protocol import (
+    BLOCKS_MAX,
+    LENGTH,
+    PORTION_BYTES,
+    VERDICT,
+    VERDICT_MAGIC,
+    ReadBlocks,
+    receive,
+    send,
+)
 from kvshare.transport.tcp_server import DataServer
 from kvshare.transport.workers import Workers
 
@@ -40,6 +50,8 @@ if TYPE_CHECKING:
 
 PART_BYTES_MIN = 4 << 20  # less is not worth a second stream
 THREADS_MAX = 128  # connections in use at once, over all peers
+
+_VERDICTS = frozenset({BlockStatus.OK, BlockStatus.STALE, BlockStatus.UNREACHABLE})
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -77,12 +89,29 @@ class _BlocksPart(Part):
         self._start, self._stop = start, stop
         self._done = start  # blocks before it have their outcome
         self._tamper = tamper
+        self._length = request.targets.block_bytes
+        self._portion_blocks = max(1, PORTION_BYTES // max(1, self._length))
+        self._unsent: bytes | None = None  # rest of a request that was begun by `ask`
+
+    def ask(self, sock: socket.socket) -> None:
+        frame = self._frame(self._start, min(self._start + BLOCKS_MAX, self._stop))
+        sent = 0
+        with contextlib.suppress(OSError):
+            sent = sock.send(frame, socket.MSG_DONTWAIT)
+        self._unsent = frame[sent:]
 
     def exchange(self, sock: socket.socket) -> None:
         while self._done < self._stop:
             end = min(self._done + BLOCKS_MAX, self._stop)
-            self._exchange_some(sock, self._done, end)
+            frame = self._frame(self._done, end) if self._unsent is None else self._unsent
+            self._unsent = None
+            if frame:
+                send(sock, frame, self.seconds)
+            self._receive(sock, self._done, end)
             self._done = end
+
+    def restart(self) -> None:
+        self._unsent = None
 
     def finish(self, status: BlockStatus, error: str) -> None:
         statuses = self._read.statuses[self._start : self._stop]
@@ -93,30 +122,28 @@ class _BlocksPart(Part):
             error = "stale, corrupt or unknown blocks"
         self._read.finished(error)
 
-    def _exchange_some(self, sock: socket.socket, start: int, stop: int) -> None:
+    def _frame(self, start: int, stop: int) -> bytes:
         request = self._request
         slots, generations = request.slots[start:stop], request.generations[start:stop]
-        length = request.targets.block_bytes
-        portion_blocks = max(1, PORTION_BYTES // max(1, length))
-        asked = ReadBlocks(self._region, length, portion_blocks, slots.tobytes(), generations.tobytes())
-        sock.settimeout(self.seconds)
-        wire.send_frame(sock, _encoder.encode(asked))
+        asked = ReadBlocks(self._region, self._length, self._portion_blocks, slots.tobytes(), generations.tobytes())
+        encoded = _encoder.encode(asked)
+        return LENGTH.pack(len(encoded)) + encoded
+
+    def _receive(self, sock: socket.socket, start: int, stop: int) -> None:
         statuses = self._receive_verdict(sock, stop - start)
-        refused = statuses != BlockStatus.OK
-        self._read.statuses[start:stop][refused] = statuses[refused]
-        live = np.flatnonzero(~refused) + start
-        for at in range(0, len(live), portion_blocks):
-            self._receive_portion(sock, live[at : at + portion_blocks])
+        blocks = np.arange(start, stop)
+        if statuses.any():
+            self._read.statuses[start:stop][statuses != BlockStatus.OK] = statuses[statuses != BlockStatus.OK]
+            blocks = blocks[statuses == BlockStatus.OK]
+        for at in range(0, len(blocks), self._portion_blocks):
+            self._receive_portion(sock, blocks[at : at + self._portion_blocks])
 
     def _receive_verdict(self, sock: socket.socket, blocks: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        verdict = bytearray(VERDICT.size + blocks)
-        where = np.array([native.address_of(verdict)], np.uint64)
-        native.recv_ranges(sock.fileno(), where, np.array([len(verdict)], np.uint64), self.seconds)
+        verdict = receive(sock, VERDICT.size + blocks, self.seconds)
         self.answered = True
         magic, count = VERDICT.unpack_from(verdict)
         statuses = np.frombuffer(verdict, np.uint8, offset=VERDICT.size)
-        allowed = np.isin(statuses, (BlockStatus.OK, BlockStatus.STALE, BlockStatus.UNREACHABLE))
-        if magic != VERDICT_MAGIC or count != blocks or not allowed.all():
+        if magic != VERDICT_MAGIC or count != blocks or not _VERDICTS.issuperset(verdict[VERDICT.size :]):
             raise ProtocolError("an answer that is none of ours")
         return statuses
 

@@ -34,12 +34,22 @@ class Part(ABC):
         self.transfer = transfer
         self.seconds = seconds
         self.answered = False  # the peer has said something: the request must not be repeated
+        self.held: socket.socket | None = None  # the connection that it was asked on, until it runs
         self._sock: socket.socket | None = None
         self._lock = threading.Lock()
 
     @abstractmethod
+    def ask(self, sock: socket.socket) -> None:
+        """Send what can be sent without waiting, so that the peer works while a thread wakes up for the answer. No errors:
+        `exchange` will meet them."""
+
+    @abstractmethod
     def exchange(self, sock: socket.socket) -> None:
-        """Do it. Raises OSError or KVShareError."""
+        """Do it, or what `ask` has left of it. Raises OSError or KVShareError."""
+
+    @abstractmethod
+    def restart(self) -> None:
+        """What was asked is lost; `exchange` will be called again, with another connection."""
 
     @abstractmethod
     def finish(self, status: BlockStatus, error: str) -> None:
@@ -77,6 +87,7 @@ class Peer:
         self._idle: list[socket.socket] = []
         self._waiting: deque[Part] = deque()
         self._running: set[Part] = set()
+        self._using: set[Part] = set()  # those that run and those that hold a connection: at most ``streams``
         self._runners = 0  # calls of _drain that are under way or submitted
         self._failed_until = 0.0
         self._failure = ""
@@ -85,11 +96,16 @@ class Peer:
 
     def submit(self, part: Part) -> None:
         """Take a part; its `Part.finish` is called whatever happens."""
+        crowded = False
         with self._lock:
             refused = self._closed
             if not refused:
+                if self._idle:
+                    part.held = self._idle.pop()
+                    part.ask(part.held)
+                    self._using.add(part)
+                crowded = part.held is None and len(self._waiting) + len(self._running) >= self._streams
                 self._waiting.append(part)
-                crowded = len(self._waiting) + len(self._running) > self._streams
                 self._call_runner()
         if refused:
             part.finish(BlockStatus.UNREACHABLE, f"{self.endpoint} was forgotten")
@@ -97,15 +113,14 @@ class Peer:
             self._clock.after(part.seconds, lambda: self.withdraw(part, BlockStatus.TIMEOUT, "no connection became free"))
 
     def help(self, part: Part) -> None:
-        """Run ``part`` on this thread if it still waits and a connection may be used."""
+        """Run ``part`` on this thread if it still waits and may use a connection."""
         with self._lock:
-            if part not in self._waiting or len(self._running) >= self._streams:
+            if part not in self._waiting or not self._may_run(part):
                 return
-            self._waiting.remove(part)
-            self._running.add(part)
+            self._start(part)
         self._run(part)
         with self._lock:
-            self._running.discard(part)
+            self._end(part)
             self._call_runner()
 
     def withdraw(self, part: Part, status: BlockStatus, error: str) -> None:
@@ -114,6 +129,10 @@ class Peer:
             if part not in self._waiting:
                 return
             self._waiting.remove(part)
+            self._end(part)
+            self._call_runner()
+        if part.held is not None:
+            part.held.close()  # an answer is on its way that nobody wants
         part.finish(status, error)
 
     def close(self, status: BlockStatus, error: str) -> None:
@@ -122,33 +141,44 @@ class Peer:
             self._closed = True
             idle, waiting, running = self._idle, list(self._waiting), list(self._running)
             self._idle = []
-            self._waiting.clear()
         for sock in idle:
             sock.close()
         for part in running:
             part.interrupt()
         for part in waiting:
-            part.finish(status, error)
+            self.withdraw(part, status, error)
 
     # --- running ------------------------------------------------------------------------------------------------------
 
+    def _may_run(self, part: Part) -> bool:
+        return part in self._using or len(self._using) < self._streams
+
+    def _start(self, part: Part) -> None:
+        self._waiting.remove(part)
+        self._using.add(part)
+        self._running.add(part)
+
+    def _end(self, part: Part) -> None:
+        self._running.discard(part)
+        self._using.discard(part)
+
     def _call_runner(self) -> None:
-        """Locked: see that somebody takes what waits."""
-        if self._waiting and len(self._running) < self._streams and self._runners < self._streams:
+        """Locked: see that somebody takes what waits and may run."""
+        if self._runners < self._streams and any(map(self._may_run, self._waiting)):
             self._runners += 1
             self._workers.submit(self._drain)
 
     def _drain(self) -> None:
         while True:
             with self._lock:
-                if not self._waiting or len(self._running) >= self._streams:
-                    self._runners -= 1  # whoever runs now calls a runner when it ends
+                part = next(filter(self._may_run, self._waiting), None)
+                if part is None:
+                    self._runners -= 1  # whoever uses a connection calls a runner when it ends
                     return
-                part = self._waiting.popleft()
-                self._running.add(part)
+                self._start(part)
             self._run(part)
             with self._lock:
-                self._running.discard(part)
+                self._end(part)
 
     def _run(self, part: Part) -> None:
         status, error = BlockStatus.UNREACHABLE, ""
@@ -167,7 +197,8 @@ class Peer:
         part.finish(status, f"{self.endpoint}: {error}" if error else "")
 
     def _exchange(self, part: Part) -> None:
-        sock, reused = self._take(part.seconds)
+        reused = part.held is not None
+        sock, part.held = part.held or self._connect(part.seconds), None
         while True:
             try:
                 part.run(sock)
@@ -177,7 +208,8 @@ class Peer:
                 if not reused or part.answered or part.transfer.cancelled or self._closed:
                     raise
                 self._drop_idle()
-                sock, reused = self._take(part.seconds)
+                part.restart()
+                sock, reused = self._connect(part.seconds), False
             except BaseException:
                 sock.close()
                 raise
@@ -185,16 +217,15 @@ class Peer:
                 self._give(sock)
                 return
 
-    def _take(self, seconds: float) -> tuple[socket.socket, bool]:
-        """A connection, and whether it was used before."""
+    def _connect(self, seconds: float) -> socket.socket:
         with self._lock:
             if self._idle:
-                return self._idle.pop(), True
+                return self._idle.pop()
             if time.monotonic() < self._failed_until:
                 raise Unavailable(f"left alone after a failure: {self._failure}")
         sock = wire.connect_tcp(self.endpoint, self._secret, PURPOSE, seconds)
         tune(sock)
-        return sock, False
+        return sock
 
     def _give(self, sock: socket.socket) -> None:
         with self._lock:

@@ -20,8 +20,12 @@ import socket
 import struct
 
 import msgspec
+import numpy as np
+
+from kvshare import native
 
 PURPOSE = "blocks"
+LENGTH = struct.Struct("<I")  # before a request
 VERDICT = struct.Struct("<4sI")
 VERDICT_MAGIC = b"KVSV"
 BLOCKS_MAX = 4096  # of one request; longer reads are several
@@ -50,6 +54,20 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
+def send(sock: socket.socket, data: bytes, seconds: float) -> None:
+    """Raises TimeoutError (no progress for ``seconds``), ConnectionError."""
+    where, length = np.array([native.address_of(data), len(data)], np.uint64).reshape(2, 1)
+    native.send_ranges(sock.fileno(), where, length, seconds)
+
+
+def receive(sock: socket.socket, count: int, seconds: float) -> bytearray:
+    """``count`` bytes. Errors as `send`."""
+    data = bytearray(count)
+    where, length = np.array([native.address_of(data), count], np.uint64).reshape(2, 1)
+    native.recv_ranges(sock.fileno(), where, length, seconds)
+    return data
 
 
 def shut_down(sock: socket.socket) -> None:

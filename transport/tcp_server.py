@@ -14,7 +14,6 @@ Threads: one accepts, one serves each connection; all of them sleep in the kerne
 from __future__ import annotations
 
 import logging
-import select
 import socket
 import threading
 import time
@@ -27,13 +26,15 @@ import numpy as np
 from kvshare import native, wire
 from kvshare.errors import ConfigError, ProtocolError
 from kvshare.transport.base import I64, U64, BlockStatus
-from kvshare.transport.mapped import U8
 from kvshare.transport.tcp_protocol import (
+    LENGTH,
     PURPOSE,
     REQUEST_BYTES_MAX,
     VERDICT,
     VERDICT_MAGIC,
     ReadBlocks,
+    receive,
+    send,
     shut_down,
     tune,
 )
@@ -119,9 +120,10 @@ class DataServer:
         for thread in served.values():
             thread.join()
 
-    def _count(self, name: str, by: int = 1) -> None:
+    def _count(self, *events: str, **amounts: int) -> None:
         with self._counting:
-            self.counters[name] += by
+            self.counters.update(events)
+            self.counters.update(amounts)
 
     # --- connections --------------------------------------------------------------------------------------------------
 
@@ -169,6 +171,7 @@ class DataServer:
             blame = "garbage"
             while (request := self._next_request(connection)) is not None:
                 blame = "broken"
+                self._count("requests")
                 self._answer(sock, request)
                 blame = "garbage"
         except (ProtocolError, msgspec.MsgspecError, OSError) as error:
@@ -185,15 +188,21 @@ class DataServer:
 
     def _next_request(self, connection: _Connection) -> ReadBlocks | None:
         """The next request, however long it takes to begin; None when the other side has gone."""
+        sock = connection.sock
         connection.idle_since = time.monotonic()
-        waiter = select.poll()
-        waiter.register(connection.sock, select.POLLIN)
-        waiter.poll()
+        data = sock.recv(LENGTH.size + REQUEST_BYTES_MAX)
         connection.idle_since = None
-        connection.sock.settimeout(self._handshake_seconds)
-        if not connection.sock.recv(1, socket.MSG_PEEK):
+        if not data:
             return None
-        return _decoder.decode(wire.receive_frame(connection.sock, REQUEST_BYTES_MAX))
+        if len(data) < LENGTH.size:
+            data += receive(sock, LENGTH.size - len(data), self._handshake_seconds)
+        (length,) = LENGTH.unpack_from(data)
+        missing = LENGTH.size + length - len(data)
+        if length > REQUEST_BYTES_MAX or missing < 0:
+            raise ProtocolError(f"a request of {length} bytes, of at most {REQUEST_BYTES_MAX}, or one too early")
+        if missing:
+            data += receive(sock, missing, self._handshake_seconds)
+        return _decoder.decode(memoryview(data)[LENGTH.size :])
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
@@ -205,21 +214,21 @@ class DataServer:
         if region is None or request.length < 1:
             statuses = np.full(len(slots), BlockStatus.UNREACHABLE, np.uint8)
         else:
-            statuses = _admitted(region, slots, generations, request.length)
+            bounds = (region.available_slots, region.slot_bytes)
+            there = native.find_slots(region.table_address, *bounds, slots, generations, request.length)
+            statuses = np.where(there, np.uint8(BlockStatus.OK), np.uint8(BlockStatus.STALE))
         verdict = VERDICT.pack(VERDICT_MAGIC, len(slots)) + statuses.tobytes()
         slots = slots[statuses == BlockStatus.OK]
-        self._count("requests")
         if region is None or not len(slots):
-            sock.sendall(verdict)
+            send(sock, verdict, self._send_seconds)
             return
         before = verdict  # goes with the first portion in one system call, each trailer with the next one
         for start in range(0, len(slots), request.portion_blocks):
             if self._regions.get(request.region) is not region:
                 raise ProtocolError("the region was taken out while it was read")
             before = self._send_portion(sock, region, slots[start : start + request.portion_blocks], request.length, before)
-        sock.sendall(before)
-        self._count("blocks", len(slots))
-        self._count("bytes", len(slots) * request.length)
+        send(sock, before, self._send_seconds)
+        self._count(blocks=len(slots), bytes=len(slots) * request.length)
 
     def _send_portion(self, sock: socket.socket, region: Region, slots: I64, length: int, before: bytes) -> bytes:
         """Send ``before`` and the slots' bytes; returns the trailer, read after them."""
@@ -231,18 +240,3 @@ class DataServer:
         native.send_ranges(sock.fileno(), addresses, lengths, self._send_seconds)
         after = native.load_headers(region.table_address, slots)
         return after.generations.tobytes() + after.checksums.tobytes()
-
-
-def _admitted(region: Region, slots: I64, generations: U64, length: int) -> U8:
-    """OK where a slot holds a block of ``length`` bytes at that generation, else STALE. The memory of others is not touched:
-    it may not be there."""
-    fits = (slots >= 0) & (slots < region.available_slots) & (length <= region.slot_bytes)
-    if not fits.all():
-        statuses = np.full(len(slots), BlockStatus.STALE, np.uint8)
-        if fits.any():
-            statuses[fits] = _admitted(region, slots[fits], generations[fits], length)
-        return statuses
-    headers = native.load_headers(region.table_address, slots)
-    same = (headers.generations == generations) & (headers.lengths == length) & (generations % 2 == 0)
-    admitted: U8 = np.where(same, np.uint8(BlockStatus.OK), np.uint8(BlockStatus.STALE))
-    return admitted
