@@ -29,12 +29,14 @@ class Served:
 @dataclass(frozen=True)
 class Comparison:
     """Outputs against those of engine A. equal: of how many the token ids agree, of ``compared``; logprob_difference: the
-    largest between log probabilities of agreeing tokens; rounding: prompts for which A's own two ways, recompute and prefix
-    cache, gave different tokens (rounding of the model's dtype), so that either counts as right."""
+    largest between log probabilities of agreeing tokens; own_difference: the same between A's own ways, recompute and prefix
+    cache: what rounding does to this model without kvshare; rounding: prompts for which A's ways gave different tokens, so
+    that either counts as right."""
 
     compared: int = 0
     equal: int = 0
     logprob_difference: float = 0.0
+    own_difference: float = 0.0
     rounding: int = 0
 
     @property
@@ -46,6 +48,7 @@ class Comparison:
             self.compared + other.compared,
             self.equal + other.equal,
             max(self.logprob_difference, other.logprob_difference),
+            max(self.own_difference, other.own_difference),
             self.rounding + other.rounding,
         )
 
@@ -64,6 +67,7 @@ class Report:
     ttft_peer_s: float | None  # engine B, straight from A's node: what came after B was warm
     tokens_equal: bool
     logprob_max_abs_diff: float
+    logprob_max_abs_diff_own: float  # between A's own ways, without kvshare
     outputs_compared: int
     outputs_equal: int
     outputs_rounded: int  # see `Comparison.rounding`
@@ -120,8 +124,8 @@ def compare(references: Mapping[str, Sequence[Served]], served: Mapping[str, Ser
         ways = references[name]
         rounding = any(way.token_ids != ways[0].token_ids for way in ways)
         same = [way for way in ways if way.token_ids == output.token_ids]
-        difference = min(_difference(way, output) for way in (same or ways))
-        total += Comparison(1, int(bool(same)), difference, int(rounding))
+        own = max(_difference(ways[0], way) for way in ways)
+        total += Comparison(1, int(bool(same)), _difference((same or ways)[0], output), own, int(rounding))
     return total
 
 
@@ -233,11 +237,14 @@ def _times(report: Report, seconds: float) -> str:
 
 
 def _precision(report: Report) -> str:
-    text = f"log probabilities differ by at most {report.logprob_max_abs_diff:.2g}"
+    text = (
+        f"log probabilities within {report.logprob_max_abs_diff:.1g} "
+        f"(A's own prefix cache against its recompute: {report.logprob_max_abs_diff_own:.1g})"
+    )
     if report.logprob_max_abs_diff == 0:
         text = "log probabilities identical"
     if report.outputs_rounded:
-        text += f" ({report.outputs_rounded} where A's own prefix cache rounds otherwise than its recompute)"
+        text += f"; for {report.outputs_rounded} A's own two ways gave different tokens, either is right"
     return text
 
 

@@ -289,6 +289,7 @@ def report(options: Options, results: Results, left_behind: list[str], seconds: 
         ttft_peer_s=median_first(results.peers) if results.peers else None,
         tokens_equal=outputs.all_equal,
         logprob_max_abs_diff=(outputs + kill).logprob_difference,
+        logprob_max_abs_diff_own=(outputs + kill).own_difference,
         outputs_compared=outputs.compared,
         outputs_equal=outputs.equal,
         outputs_rounded=(outputs + kill).rounding,

@@ -20,7 +20,8 @@ PROMISED = {  # keys of demo.json that users' scripts rely on
 }  # fmt: skip
 GOOD = Report(
     model="tiny", prompts=18, prefixes=4, prefix_tokens=3968, ttft_recompute_s=3.5, ttft_prefix_hit_s=0.06,
-    ttft_warm_join_s=0.07, ttft_peer_s=0.1, tokens_equal=True, logprob_max_abs_diff=4e-5, outputs_compared=18, outputs_equal=18,
+    ttft_warm_join_s=0.07, ttft_peer_s=0.1, tokens_equal=True, logprob_max_abs_diff=4e-5, logprob_max_abs_diff_own=3e-5,
+    outputs_compared=18, outputs_equal=18,
     outputs_rounded=0, blocks_wanted=124, blocks_hit=124, warm_blocks_wanted=124, blocks_pulled=124, bytes_pulled=248 << 20,
     donors={"host A": 124}, warm_s=0.5, survived_kill=True, kill_requests=7, kill_before=2, kill_equal=7,
     kill_longest_first_token_s=3.6, kill_said=["a peer is gone"], left_behind=[], seconds={"cluster": 8.0},
@@ -63,6 +64,12 @@ def test_where_the_engine_itself_rounds_both_ways_either_output_is_right_and_it_
     found = compare({"p": [recomputed, from_prefix]}, {"p": served(1, 3)})
     assert found.all_equal
     assert found.rounding == 1
+
+
+def test_the_difference_is_taken_from_the_recomputed_output_and_the_engines_own_is_told_beside_it() -> None:
+    ways = [served(1, logprob=-1.0), served(1, logprob=-1.5)]
+    found = compare({"p": ways}, {"p": served(1, logprob=-1.25)})
+    assert (found.logprob_difference, found.own_difference, found.rounding) == (0.25, 0.5, 0)
 
 
 def test_nothing_compared_proves_nothing() -> None:
