@@ -7,6 +7,7 @@ bfloat16 differs a little.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ ARGUMENTS = {"load_format": "auto", "max_num_batched_tokens": 512, "max_model_le
 BLOCKS = 7
 TOKENS = BLOCKS * BLOCK + 60
 CLOSE = 0.08  # in log probabilities, when chunks differ
-NAMES = ["plain", "triple", "salted", "corrupt", "aborted", "second", "killed", "reset"]
+NAMES = ["plain", "triple", "salted", "corrupt", "aborted", "second", "hung", "killed", "reset"]
 PROMPTS = {name: prompt(seed, TOKENS) for seed, name in enumerate(NAMES)}
 
 
@@ -167,6 +168,21 @@ def test_an_engine_in_another_process_loads_what_the_first_saved(
     assert house.saved(before + BLOCKS)
     second.close()
     assert second.process.returncode == 0, second.log[-3000:]
+
+
+def test_a_node_that_hangs_holds_no_request(house: House, engine: EngineChild, reference: Reference) -> None:
+    """What it held can still be loaded, nothing can be asked or saved; the engine waits for none of it."""
+    fill(house, engine, "hung")
+    assert house.node is not None
+    house.node.send_signal(signal.SIGSTOP)
+    try:
+        assert same(engine.generate(PROMPTS["hung"])[0], reference.hit["hung"])
+        unknown = prompt(55, TOKENS)
+        first = engine.generate(unknown)[0]
+        assert engine.ask("reset")
+        assert same(engine.generate(unknown)[0], first)
+    finally:
+        house.node.send_signal(signal.SIGCONT)
 
 
 def test_a_killed_node_costs_nothing_but_the_sharing(house: House, engine: EngineChild, reference: Reference) -> None:
