@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from kvshare.integrations.demo.cluster import Machine, first_line, interruptible, undisturbed
@@ -48,6 +49,13 @@ def run(options: Options, json_only: bool) -> int:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=progress, flush=True)
 
     machine = Machine(ARENA_BYTES, say, options.verbose)
+    try:
+        return story(options, machine, json_only, say)
+    finally:
+        machine.discard()
+
+
+def story(options: Options, machine: Machine, json_only: bool, say: Callable[[str], None]) -> int:
     scenario = Scenario(options, machine, say)
     results: Results | None = None
     code = 1
@@ -60,19 +68,19 @@ def run(options: Options, json_only: bool) -> int:
         except Exception as error:
             # Whatever it was (Ray's, vLLM's, ours): told in a line, with the logs, after everything is cleaned up.
             say(f"the demo could not go on: {first_line(error)}")
-            if machine.keep_logs(options.output / "demo-logs"):
-                say(f"logs of its processes: {options.output / 'demo-logs'}")
         finally:
             with undisturbed():
                 say("stopping everything")
                 began_stopping = time.monotonic()
                 left_behind = machine.stop()
                 scenario.seconds["stopping"] = round(time.monotonic() - began_stopping, 3)
-    if results is None:
-        if left_behind:
-            say(f"had to be removed by force: {', '.join(left_behind)}")
-        return code
-    return tell(report(options, results, left_behind, scenario.seconds), options, json_only)
+    if results is not None:
+        code = tell(report(options, results, left_behind, scenario.seconds), options, json_only)
+    elif left_behind:
+        say(f"had to be removed by force: {', '.join(left_behind)}")
+    if code == 1 and machine.keep_logs(options.output / "demo-logs"):
+        say(f"what the processes of this run printed is in {options.output / 'demo-logs'}")
+    return code
 
 
 def tell(figures: Report, options: Options, json_only: bool) -> int:

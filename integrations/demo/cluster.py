@@ -35,7 +35,7 @@ ENGINE_SECONDS = 900.0  # to load a large model
 
 
 class Machine:
-    """One run's processes, files and memory. Start it, stop it; `stop` returns what it could not get rid of in good order.
+    """One run's processes, files and memory. Start it, stop it, discard it; `stop` returns what it could not end in good order.
 
     arena_bytes: of each node; say: prints a line; verbose: show what Ray and the actors print.
     """
@@ -129,8 +129,11 @@ class Machine:
                 os.kill(pid, signal.SIGKILL)
         for path in self._files():
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
         return left
+
+    def discard(self) -> None:
+        """Remove the run's folder, logs included. Last."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:

@@ -82,6 +82,7 @@ class Report:
     kill_requests: int  # traffic around the kill, all of it
     kill_before: int  # answered before the kill
     kill_equal: int
+    kill_logprob_max_abs_diff: float  # requests are computed side by side then, which rounds otherwise
     kill_longest_first_token_s: float  # of the requests answered after it
     kill_said: list[str]  # engine B's log lines about it
     left_behind: list[str]

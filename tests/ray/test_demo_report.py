@@ -24,6 +24,7 @@ GOOD = Report(
     outputs_compared=18, outputs_equal=18,
     outputs_rounded=0, blocks_wanted=124, blocks_hit=124, warm_blocks_wanted=124, blocks_pulled=124, bytes_pulled=248 << 20,
     donors={"host A": 124}, warm_s=0.5, survived_kill=True, kill_requests=7, kill_before=2, kill_equal=7,
+    kill_logprob_max_abs_diff=5e-5,
     kill_longest_first_token_s=3.6, kill_said=["a peer is gone"], left_behind=[], seconds={"cluster": 8.0},
     machine={"cores": 2, "device": "cpu"}, commit="abc",
 )  # fmt: skip
