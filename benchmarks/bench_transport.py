@@ -47,7 +47,7 @@ POOL_BYTES = 256 << 20
 LARGE, SMALL = 2 << 20, 32 << 10
 PAYLOADS = (2 << 20, 16 << 20, 64 << 20)
 WAYS = ("contiguous", "32k", "pages")
-LAYOUTS = 8  # per payload and way: offsets move through the pools
+LAYOUTS_BYTES = 192 << 20  # of a payload's layouts together: offsets move through the pools, and no cache holds them all
 IOVECS_MAX = 1024
 I64 = npt.NDArray[np.int64]
 
@@ -84,9 +84,13 @@ def layout(payload: int, way: str, number: int) -> Layout:
     return Layout(slot_bytes, page_bytes, random.permutation(room)[:blocks], places.reshape(blocks, -1))
 
 
+def layouts(payload: int) -> int:
+    return max(4, LAYOUTS_BYTES // payload)
+
+
 def all_layouts() -> Iterator[tuple[int, int, str, int]]:
     """Every layout with its number."""
-    cells = [(payload, way, number) for payload in PAYLOADS for way in WAYS for number in range(LAYOUTS)]
+    cells = [(payload, way, number) for payload in PAYLOADS for way in WAYS for number in range(layouts(payload))]
     for code, (payload, way, number) in enumerate(cells):
         yield code, payload, way, number
 
@@ -229,7 +233,7 @@ def measure(reader: Reader, quick: bool) -> dict[str, dict[str, Cell]]:
         samples = (40 if quick else 400) * PAYLOADS[0] // payload + (8 if quick else 40)
         for way in WAYS:
             progress(f"{payload >> 20} MiB, {way}")
-            numbers = range(LAYOUTS)
+            numbers = range(layouts(payload))
             pairs = {
                 "shm": [(reader.memcpy(payload, way, n), reader.ours(reader.shm, payload, way, n)) for n in numbers],
                 "tcp": [
@@ -242,7 +246,7 @@ def measure(reader: Reader, quick: bool) -> dict[str, dict[str, Cell]]:
                 for limit, ours in runs:  # warm: page tables, connections, socket buffers
                     limit(), ours()
                 for sample in range(samples):
-                    limit, ours = runs[sample % LAYOUTS]
+                    limit, ours = runs[sample % len(runs)]
                     if sample % 2:
                         cell.ours.append(timed(ours))
                     cell.limit.append(timed(limit))

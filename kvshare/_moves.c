@@ -41,7 +41,7 @@ static void hasher_end_range(Hasher *hasher)
     if (hasher->range % hasher->pages != 0 || hasher->range > hasher->count * hasher->pages)
         return;
     size_t block = hasher->range / hasher->pages;
-    hasher->digests[block - 1] = xxh3_finish(&hasher->state);
+    hasher->digests[block - 1] = hasher->state.length >= XXH3_LENGTH_MIN ? xxh3_finish(&hasher->state) : 0;
     if (block < hasher->count)
         xxh3_begin(&hasher->state, hasher->seeds[block]);
 }
@@ -85,14 +85,6 @@ static double now(void)
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
-}
-
-void stream_begin(Stream *stream)
-{
-    stream->range = 0;
-    stream->offset = 0;
-    stream->total = 0;
-    stream->deadline = now() + stream->seconds;
 }
 
 /* A blocking call that waits for all its bytes in the kernel wakes up far less often than one that is polled for. So that it
@@ -144,18 +136,23 @@ static void advance(Stream *stream, uint64_t moved)
     }
 }
 
-static Outcome wait_ready(int fd, short events, double deadline)
+static Outcome after_signal(const Stream *stream)
 {
-    double left = deadline - now();
+    return stream->interrupted() ? INTERRUPTED : MOVED;
+}
+
+static Outcome wait_ready(const Stream *stream)
+{
+    double left = stream->deadline - now();
     if (left <= 0)
         return TIMED_OUT;
-    struct pollfd entry = {.fd = fd, .events = events};
+    struct pollfd entry = {.fd = stream->fd, .events = stream->sending ? POLLOUT : POLLIN};
     int ready = poll(&entry, 1, left > 2e6 ? 2000000000 : (int)(left * 1e3) + 1);
     if (ready > 0)
         return MOVED; /* errors and hang-ups are told by the next sendmsg or recvmsg */
     if (ready == 0)
         return TIMED_OUT;
-    return errno == EINTR ? SIGNALLED : FAILED;
+    return errno == EINTR ? after_signal(stream) : FAILED;
 }
 
 static Outcome run_limited(Stream *stream)
@@ -177,11 +174,9 @@ static Outcome run_limited(Stream *stream)
         }
         if (moved == 0 && !stream->sending)
             return CLOSED;
-        if (moved < 0 && errno == EINTR)
-            return SIGNALLED;
-        if (moved < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
+        if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
             return FAILED;
-        Outcome outcome = wait_ready(stream->fd, stream->sending ? POLLOUT : POLLIN, stream->deadline);
+        Outcome outcome = errno == EINTR ? after_signal(stream) : wait_ready(stream);
         if (outcome != MOVED)
             return outcome;
     }
@@ -189,6 +184,7 @@ static Outcome run_limited(Stream *stream)
 
 Outcome stream_run(Stream *stream)
 {
+    stream->deadline = now() + stream->seconds;
     long microseconds = (long)(stream->seconds * 1e6 / 4);
     struct timeval limit = {.tv_usec = microseconds < 1000 ? 1000 : microseconds > CALL_LIMIT ? CALL_LIMIT : microseconds};
     struct timeval before = limit_calls(stream, limit);

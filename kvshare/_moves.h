@@ -4,7 +4,10 @@
 
 #include "_xxh3.h"
 
-typedef enum { MOVED, TIMED_OUT, CLOSED, FAILED, SIGNALLED } Outcome;
+typedef enum { MOVED, TIMED_OUT, CLOSED, FAILED, GARBLED, INTERRUPTED } Outcome;
+
+/* Called when a signal came; true: give up (INTERRUPTED). */
+typedef int Interrupted(void);
 
 /* Blocks of `pages` successive ranges each: their checksums are made while their bytes are in the cache. */
 typedef struct {
@@ -39,12 +42,11 @@ typedef struct {
     uint64_t total;
     double seconds; /* longest time without progress */
     double deadline;
+    Interrupted *interrupted;
     Hasher *hasher; /* or NULL */
 } Stream;
 
-void stream_begin(Stream *stream);
-
-/* Move on until all ranges are done or something happens that the caller must hear of; SIGNALLED: call again. */
+/* Move all ranges, from the first. */
 Outcome stream_run(Stream *stream);
 
 #endif

@@ -1,5 +1,6 @@
 /* Bulk bytes without the GIL: copies, socket transfers and generation tables over whole lists of ranges.
- * The moving itself is in _moves.c, reads of slots in _slots.c, the checksum in _xxh3.c.
+ * The moving itself is in _moves.c, reads of slots in _slots.c and (over sockets) _exchange.c, the
+ * checksum in _xxh3.c.
  *
  * Every function takes plain addresses; kvshare/native.py is the typed face and says who keeps the memory alive.
  */
@@ -10,6 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "_exchange.h"
 #include "_moves.h"
 #include "_slots.h"
 
@@ -126,57 +128,63 @@ static PyObject *copy_blocks(PyObject *Py_UNUSED(module), PyObject *const *args,
 
 /* --- sockets ---------------------------------------------------------------------------------------------------- */
 
-static PyObject *tell(Outcome outcome, int error, const Stream *stream)
+/* A signal came in a thread that holds no GIL: let Python handle it, as it does after each of its own system calls. */
+static int interrupted(void)
 {
-    const char *verb = stream->sending ? "sent" : "received";
-    unsigned long long total = stream->total;
+    PyGILState_STATE state = PyGILState_Ensure();
+    int raised = PyErr_CheckSignals() < 0;
+    PyGILState_Release(state);
+    return raised;
+}
+
+/* Raise what a transfer ended by; NULL always. */
+static PyObject *raise_outcome(Outcome outcome, int error)
+{
     switch (outcome) {
-    case MOVED:
-        return PyLong_FromUnsignedLongLong(total);
+    case INTERRUPTED: /* by an exception that is raised already */
+        return NULL;
     case TIMED_OUT:
-        return PyErr_Format(PyExc_TimeoutError, "no progress after %llu bytes %s", total, verb);
+        PyErr_SetString(PyExc_TimeoutError, "no progress in the time allowed");
+        return NULL;
     case CLOSED:
-        return PyErr_Format(PyExc_ConnectionError, "the other side closed after %llu bytes %s", total, verb);
+        PyErr_SetString(PyExc_ConnectionError, "the other side closed the connection");
+        return NULL;
+    case GARBLED:
+        PyErr_SetString(PyExc_ValueError, "an answer that is none");
+        return NULL;
     default:
-        return PyErr_Format(PyExc_ConnectionError, "%s after %llu bytes %s", strerror(error), total, verb);
+        PyErr_SetString(PyExc_ConnectionError, strerror(error));
+        return NULL;
     }
 }
 
 /* args: fd, addresses, lengths, seconds. */
-static PyObject *transfer(PyObject *const *args, int sending, Hasher *hasher)
+static PyObject *transfer(PyObject *const *args, int sending)
 {
     static const char *const names[] = {"addresses", "lengths"};
     long fd = PyLong_AsLong(args[0]);
-    if (fd == -1 && PyErr_Occurred())
-        return NULL;
     double seconds = PyFloat_AsDouble(args[3]);
-    if (seconds == -1.0 && PyErr_Occurred())
-        return NULL;
     Array arrays[2];
-    if (take_equal(args + 1, names, 2, arrays) < 0)
+    if (PyErr_Occurred() || take_equal(args + 1, names, 2, arrays) < 0)
         return NULL;
-    Stream stream = {.fd = (int)fd, .sending = sending, .seconds = seconds, .hasher = hasher};
+    Stream stream = {.fd = (int)fd, .sending = sending, .seconds = seconds, .interrupted = interrupted};
     stream.addresses = arrays[0].items;
     stream.lengths = arrays[1].items;
     stream.count = (size_t)arrays[0].count;
-    stream_begin(&stream);
     Outcome outcome;
-    int error, raised = 0;
-    do {
-        Py_BEGIN_ALLOW_THREADS
-        outcome = stream_run(&stream);
-        error = errno;
-        Py_END_ALLOW_THREADS
-        raised = outcome == SIGNALLED && PyErr_CheckSignals() < 0;
-    } while (outcome == SIGNALLED && !raised);
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    outcome = stream_run(&stream);
+    error = errno;
+    Py_END_ALLOW_THREADS
     give_arrays(arrays, 2);
-    return raised ? NULL : tell(outcome, error, &stream);
+    return outcome == MOVED ? PyLong_FromUnsignedLongLong(stream.total) : raise_outcome(outcome, error);
 }
 
 static PyObject *send_ranges(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     if (nargs == 4)
-        return transfer(args, 1, NULL);
+        return transfer(args, 1);
     PyErr_SetString(PyExc_TypeError, "send_ranges(fd, addresses, lengths, seconds)");
     return NULL;
 }
@@ -184,79 +192,92 @@ static PyObject *send_ranges(PyObject *Py_UNUSED(module), PyObject *const *args,
 static PyObject *recv_ranges(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     if (nargs == 4)
-        return transfer(args, 0, NULL);
+        return transfer(args, 0);
     PyErr_SetString(PyExc_TypeError, "recv_ranges(fd, addresses, lengths, seconds)");
     return NULL;
 }
 
-static PyObject *recv_blocks(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+static PyObject *send_slots(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    if (nargs != 7) {
-        PyErr_SetString(PyExc_TypeError, "recv_blocks(fd, addresses, lengths, seconds, pages, seeds, digests)");
+    static const char *const names[] = {"slots", "expected"};
+    unsigned long long table, data, slot_bytes, available, length;
+    PyObject *objects[2];
+    Py_ssize_t portion_blocks;
+    Answer answer = {.interrupted = interrupted};
+    Array arrays[2];
+    if (!PyArg_ParseTuple(args, "idKKKKOOKn", &answer.fd, &answer.seconds, &table, &data, &slot_bytes, &available, &objects[0],
+                          &objects[1], &length, &portion_blocks))
         return NULL;
+    if (take_equal(objects, names, 2, arrays) < 0)
+        return NULL;
+    answer.table = pointer(table);
+    answer.data = pointer(data);
+    answer.slot_bytes = slot_bytes;
+    answer.available = available;
+    answer.slots = (const int64_t *)arrays[0].items;
+    answer.expected = arrays[1].items;
+    answer.count = (size_t)arrays[0].count;
+    answer.length = length;
+    answer.portion_blocks = portion_blocks < 1 ? 1 : (size_t)portion_blocks;
+    Outcome outcome;
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    outcome = send_answer(&answer);
+    error = errno;
+    Py_END_ALLOW_THREADS
+    give_arrays(arrays, 2);
+    return outcome == MOVED ? PyLong_FromUnsignedLongLong(answer.blocks_sent) : raise_outcome(outcome, error);
+}
+
+static PyObject *recv_slots(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    static const char *const names[] = {"seeds", "generations", "checksums", "digests"};
+    PyObject *of_pages[2], *of_blocks[4], *verdicts_object;
+    Py_ssize_t portion_blocks;
+    Reception reception = {.interrupted = interrupted};
+    Array pages[2], blocks[4];
+    Py_buffer verdicts;
+    if (!PyArg_ParseTuple(args, "idOOnOOOOO", &reception.fd, &reception.seconds, &of_pages[0], &of_pages[1], &portion_blocks,
+                          &of_blocks[0], &of_blocks[1], &of_blocks[2], &of_blocks[3], &verdicts_object))
+        return NULL;
+    if (take_equal(of_blocks, names, 4, blocks) < 0)
+        return NULL;
+    int held = PyObject_GetBuffer(verdicts_object, &verdicts, PyBUF_WRITABLE) == 0;
+    int page_arrays = held && take_array(of_pages[0], PyBUF_SIMPLE, "targets", &pages[0]) == 0;
+    page_arrays += page_arrays && take_array(of_pages[1], PyBUF_SIMPLE, "page_bytes", &pages[1]) == 0;
+    int fits = page_arrays == 2 && pages[0].count == blocks[0].count * pages[1].count && verdicts.len == blocks[0].count;
+    Outcome outcome = MOVED;
+    int error = 0;
+    if (fits) {
+        reception.targets = pages[0].items;
+        reception.page_bytes = pages[1].items;
+        reception.pages = (size_t)pages[1].count;
+        reception.seeds = blocks[0].items;
+        reception.generations = blocks[1].items;
+        reception.checksums = blocks[2].items;
+        reception.digests = blocks[3].items;
+        reception.verdicts = verdicts.buf;
+        reception.count = (size_t)blocks[0].count;
+        reception.portion_blocks = portion_blocks < 1 ? 1 : (size_t)portion_blocks;
+        Py_BEGIN_ALLOW_THREADS
+        outcome = receive_answer(&reception);
+        error = errno;
+        Py_END_ALLOW_THREADS
+    } else if (page_arrays == 2) {
+        PyErr_SetString(PyExc_ValueError, "one address per block and page, one verdict per block");
     }
-    Py_ssize_t pages = PyLong_AsSsize_t(args[4]), ranges = PyObject_Length(args[1]);
-    if ((pages == -1 || ranges == -1) && PyErr_Occurred())
+    give_arrays(pages, page_arrays);
+    give_arrays(blocks, 4);
+    if (held)
+        PyBuffer_Release(&verdicts);
+    if (!fits)
         return NULL;
-    Array blocks[2];
-    if (take_blocks(args + 5, pages, ranges, blocks) < 0)
-        return NULL;
-    Hasher hasher;
-    hasher_begin(&hasher, blocks[0].items, blocks[1].items, (size_t)blocks[0].count, (size_t)pages);
-    PyObject *total = transfer(args, 0, &hasher);
-    give_arrays(blocks, 2);
-    return total;
+    if (outcome != MOVED)
+        return raise_outcome(outcome, error);
+    Py_RETURN_NONE;
 }
 
 /* --- generations ------------------------------------------------------------------------------------------------ */
-
-static PyObject *load_headers_(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
-{
-    static const char *const names[] = {"slots", "lengths", "checksums", "generations"};
-    Array arrays[4];
-    unsigned long long table;
-    if (nargs != 5) {
-        PyErr_SetString(PyExc_TypeError, "load_headers(table, slots, lengths, checksums, generations)");
-        return NULL;
-    }
-    table = PyLong_AsUnsignedLongLong(args[0]);
-    if (PyErr_Occurred() || take_equal(args + 1, names, 4, arrays) < 0)
-        return NULL;
-    load_headers(pointer(table), (const int64_t *)arrays[0].items, (size_t)arrays[0].count, arrays[1].items, arrays[2].items,
-                 arrays[3].items);
-    give_arrays(arrays, 4);
-    Py_RETURN_NONE;
-}
-
-static PyObject *find_slots(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
-{
-    static const char *const names[] = {"slots", "expected"};
-    unsigned long long numbers[4]; /* table, available, slot_bytes, length */
-    Array arrays[2];
-    Py_buffer there;
-    if (nargs != 7) {
-        PyErr_SetString(PyExc_TypeError, "find_slots(table, available, slot_bytes, length, slots, expected, there)");
-        return NULL;
-    }
-    for (int i = 0; i < 4; i++)
-        numbers[i] = PyLong_AsUnsignedLongLong(args[i]);
-    if (PyErr_Occurred() || take_equal(args + 4, names, 2, arrays) < 0)
-        return NULL;
-    int held = PyObject_GetBuffer(args[6], &there, PyBUF_WRITABLE) == 0;
-    int fits = held && there.len == arrays[0].count;
-    for (Py_ssize_t i = 0; fits && i < arrays[0].count; i++)
-        ((uint8_t *)there.buf)[i] =
-            numbers[3] <= numbers[2] && slot_holds(pointer(numbers[0]), numbers[1], (int64_t)arrays[0].items[i],
-                                                   arrays[1].items[i], numbers[3]);
-    if (held && !fits)
-        PyErr_SetString(PyExc_ValueError, "slots and there differ in length");
-    if (held)
-        PyBuffer_Release(&there);
-    give_arrays(arrays, 2);
-    if (!fits)
-        return NULL;
-    Py_RETURN_NONE;
-}
 
 static PyObject *read_slots_(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
@@ -318,7 +339,7 @@ static PyObject *load_generations(PyObject *Py_UNUSED(module), PyObject *args)
     }
     int equal = slots.count == out.count;
     if (equal) {
-        /* As in load_headers: what this thread read before is over. */
+        /* What this thread read before is over. */
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
         for (Py_ssize_t i = 0; i < slots.count; i++)
             out.items[i] = __atomic_load_n((uint64_t *)(uintptr_t)(table + stride * slots.items[i]), __ATOMIC_ACQUIRE);
@@ -375,10 +396,9 @@ static PyMethodDef methods[] = {
     {"copy_blocks", (PyCFunction)(void (*)(void))copy_blocks, METH_FASTCALL, NULL},
     {"send_ranges", (PyCFunction)(void (*)(void))send_ranges, METH_FASTCALL, NULL},
     {"recv_ranges", (PyCFunction)(void (*)(void))recv_ranges, METH_FASTCALL, NULL},
-    {"recv_blocks", (PyCFunction)(void (*)(void))recv_blocks, METH_FASTCALL, NULL},
-    {"load_headers", (PyCFunction)(void (*)(void))load_headers_, METH_FASTCALL, NULL},
-    {"find_slots", (PyCFunction)(void (*)(void))find_slots, METH_FASTCALL, NULL},
     {"read_slots", (PyCFunction)(void (*)(void))read_slots_, METH_FASTCALL, NULL},
+    {"send_slots", send_slots, METH_VARARGS, NULL},
+    {"recv_slots", recv_slots, METH_VARARGS, NULL},
     {"load_generations", load_generations, METH_VARARGS, NULL},
     {"store_generation", store_generation, METH_VARARGS, NULL},
     {"view", view, METH_VARARGS, NULL},

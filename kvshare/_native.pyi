@@ -4,9 +4,6 @@ def copy_ranges(targets: Any, sources: Any, lengths: Any) -> None: ...
 def copy_blocks(targets: Any, lengths: Any, sources: Any, pages: int, seeds: Any, digests: Any) -> None: ...
 def send_ranges(fd: int, addresses: Any, lengths: Any, seconds: float) -> int: ...
 def recv_ranges(fd: int, addresses: Any, lengths: Any, seconds: float) -> int: ...
-def recv_blocks(fd: int, addresses: Any, lengths: Any, seconds: float, pages: int, seeds: Any, digests: Any) -> int: ...
-def load_headers(table: int, slots: Any, lengths: Any, checksums: Any, generations: Any) -> None: ...
-def find_slots(table: int, available: int, slot_bytes: int, length: int, slots: Any, expected: Any, there: Any) -> None: ...
 def read_slots(
     table: int,
     data: int,
@@ -20,6 +17,30 @@ def read_slots(
     digests: Any,
     targets: Any,
     page_bytes: Any,
+) -> None: ...
+def send_slots(
+    fd: int,
+    seconds: float,
+    table: int,
+    data: int,
+    slot_bytes: int,
+    available: int,
+    slots: Any,
+    expected: Any,
+    length: int,
+    portion_blocks: int,
+) -> int: ...
+def recv_slots(
+    fd: int,
+    seconds: float,
+    targets: Any,
+    page_bytes: Any,
+    portion_blocks: int,
+    seeds: Any,
+    generations: Any,
+    checksums: Any,
+    digests: Any,
+    verdicts: Any,
 ) -> None: ...
 def load_generations(table_address: int, stride: int, slots: Any, out: Any) -> None: ...
 def store_generation(address: int, value: int) -> None: ...

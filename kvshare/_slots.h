@@ -13,9 +13,8 @@ typedef struct {
     uint8_t rest[108];
 } Header;
 
-/* Load headers: length and checksum first, then the generation that vouches for them and for all that this thread read. */
-void load_headers(const Header *table, const int64_t *slots, size_t count, uint64_t *lengths, uint64_t *checksums,
-                  uint64_t *generations);
+/* Load headers: checksums first, then the generations that vouch for them and for all that this thread read before. */
+void load_headers(const Header *table, const int64_t *slots, size_t count, uint64_t *generations, uint64_t *checksums);
 
 /* Does this slot hold a block of `length` bytes at that generation? Slots of any number may be asked for; those from `available`
  * on have no memory and are not touched. */

@@ -11,6 +11,7 @@
 #define PRIME64_4 0x85EBCA77C2B2AE63ULL
 #define PRIME64_5 0x27D4EB2F165667C5ULL
 #define PREFETCH_BYTES 1024
+#define STREAM_ALIGNMENT 16
 #define STRIPES ((XXH3_SECRET - XXH3_STRIPE) / 8) /* between two scramblings: the secret moves 8 bytes a stripe */
 
 static const uint8_t SECRET[XXH3_SECRET] = {
@@ -131,9 +132,20 @@ typedef uint64_t Words8 __attribute__((vector_size(64)));
 #define SWAP2(value) ((Words2)_mm_shuffle_epi32((__m128i)(value), 0x4e))
 #define SWAP4(value) ((Words4)_mm256_shuffle_epi32((__m256i)(value), 0x4e))
 #define SWAP8(value) ((Words8)_mm512_shuffle_epi32((__m512i)(value), 0x4e))
+/* In 16 bytes, as arrays are aligned by malloc: the processor joins them to lines again. */
 #define STREAM2(target, value) _mm_stream_si128((__m128i *)(target), (__m128i)(value))
-#define STREAM4(target, value) _mm256_stream_si256((__m256i *)(target), (__m256i)(value))
-#define STREAM8(target, value) _mm512_stream_si512((__m512i *)(target), (__m512i)(value))
+#define STREAM4(target, value)                                                          \
+    do {                                                                                \
+        STREAM2(target, _mm256_castsi256_si128((__m256i)(value)));                      \
+        STREAM2((target) + 16, _mm256_extracti128_si256((__m256i)(value), 1));          \
+    } while (0)
+#define STREAM8(target, value)                                                          \
+    do {                                                                                \
+        STREAM2(target, _mm512_castsi512_si128((__m512i)(value)));                      \
+        STREAM2((target) + 16, _mm512_extracti32x4_epi32((__m512i)(value), 1));         \
+        STREAM2((target) + 32, _mm512_extracti32x4_epi32((__m512i)(value), 2));         \
+        STREAM2((target) + 48, _mm512_extracti32x4_epi32((__m512i)(value), 3));         \
+    } while (0)
 DEFINE_SUM_STRIPES(sum_stripes_sse2, , Words2, MULTIPLY2, SWAP2, STREAM2)
 DEFINE_SUM_STRIPES(sum_stripes_avx2, __attribute__((target("avx2"))), Words4, MULTIPLY4, SWAP4, STREAM4)
 DEFINE_SUM_STRIPES(sum_stripes_avx512, __attribute__((target("avx512f"))), Words8, MULTIPLY8, SWAP8, STREAM8)
@@ -177,7 +189,7 @@ void xxh3_begin(Xxh3 *state, uint64_t seed)
 /* Sum whole stripes of the input, and copy them where there is a target. */
 static void take_stripes(Xxh3 *state, const uint8_t *data, size_t count, uint8_t *target, int stream)
 {
-    int mode = target == NULL ? SUM_ONLY : stream && (uintptr_t)target % XXH3_STRIPE == 0 ? STREAM : STORE;
+    int mode = target == NULL ? SUM_ONLY : stream && (uintptr_t)target % STREAM_ALIGNMENT == 0 ? STREAM : STORE;
     state->stripe = choose()(state->sums, state->secret, state->stripe, data, count, target, mode);
 }
 

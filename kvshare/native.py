@@ -54,45 +54,9 @@ def load_generations(table_address: int, stride: int, slots: I64, out: U64) -> N
     _native.load_generations(table_address, stride, np.ascontiguousarray(slots), out)
 
 
-class Headers(NamedTuple):
-    """Fields of slots' headers, uint64 [n] each."""
-
-    lengths: U64
-    checksums: U64
-    generations: U64
-
-
-def load_headers(table_address: int, slots: I64) -> Headers:
-    """Headers of ``slots`` (int64 [n], checked by the caller to lie in the table of 128-byte headers at ``table_address``).
-
-    Generations are loaded last: equal to what is expected, they vouch for the other fields and for all that this thread read
-    before.
-    """
-    assert slots.dtype == np.int64
-    headers = Headers(*np.empty((3, len(slots)), np.uint64))
-    _native.load_headers(table_address, np.ascontiguousarray(slots), *headers)
-    return headers
-
-
-def find_slots(
-    table_address: int, available: int, slot_bytes: int, slots: I64, expected: U64, length: int
-) -> npt.NDArray[np.bool_]:
-    """Which of ``slots`` (int64 [n], any numbers) hold a block of ``length`` bytes at its ``expected`` generation, bool [n].
-
-    Headers of slots from ``available`` on are not touched.
-    """
-    assert slots.dtype == np.int64
-    there = np.empty(len(slots), np.bool_)
-    if not 0 < length <= slot_bytes:
-        there[:] = False
-        return there
-    _native.find_slots(table_address, available, slot_bytes, length, np.ascontiguousarray(slots), _u64(expected), there)
-    return there
-
-
 class Found(NamedTuple):
-    """Outcome of `read_slots`, uint64 [blocks] each. ``generations``: as they were after the copy, unequal to the expected
-    where nothing was copied; ``checksums``: what the headers told; ``digests``: of what was copied."""
+    """What a read found, uint64 [blocks] each. ``generations``: as they were after the copy, unequal to the expected where
+    nothing was copied; ``checksums``: what the headers told; ``digests``: of what was copied."""
 
     generations: U64
     checksums: U64
@@ -122,6 +86,50 @@ def read_slots(
     if int(sizes.sum()) < FUSED_BYTES_MIN:
         found.digests[:] = checksums(where, np.broadcast_to(sizes, where.shape), seeds)
     return found
+
+
+def send_slots(
+    fd: int,
+    seconds: float,
+    addresses: tuple[int, int],
+    slot_bytes: int,
+    available: int,
+    slots: I64,
+    expected: U64,
+    length: int,
+    portion_blocks: int,
+) -> int:
+    """Send an answer of the tcp transport (`kvshare.transport.tcp_protocol`) through a connected socket; returns blocks sent.
+
+    addresses, slot_bytes, available, slots, expected: as in `read_slots`. Errors as in `send_ranges`.
+    """
+    assert slots.dtype == np.int64 and length >= 0
+    whom = (fd, seconds, *addresses, slot_bytes, available)
+    sent: int = _native.send_slots(*whom, np.ascontiguousarray(slots), _u64(expected), length, portion_blocks)
+    return sent
+
+
+def recv_slots(
+    fd: int,
+    seconds: float,
+    targets: U64,
+    page_bytes: U64,
+    portion_blocks: int,
+    seeds: U64,
+    found: Found,
+    verdicts: npt.NDArray[np.uint8],
+) -> None:
+    """Receive such an answer: blocks land in ``targets``, their digests are made on the way (not of blocks shorter than
+    `FUSED_BYTES_MIN`).
+
+    targets, page_bytes, seeds: as in `read_slots`. found: contiguous, written where a block arrived. verdicts: uint8 [blocks],
+    written wherever a block's outcome is known, also when this raises; 0: it arrived.
+
+    Raises:
+        ValueError: what came is no answer to this. Others as in `send_ranges`.
+    """
+    where = (_u64(targets), _u64(page_bytes), portion_blocks, _u64(seeds))
+    _native.recv_slots(fd, seconds, *where, *found, verdicts)
 
 
 def store_generation(address: int, value: int) -> None:
@@ -165,21 +173,6 @@ def copy_blocks(targets: U64, sources: U64, lengths: U64, seeds: U64) -> U64:
     targets, sources, lengths: uint64 [blocks, pages]; seeds: uint64 [blocks].
     """
     return _blocks(targets, lengths, sources, seeds)
-
-
-def recv_blocks(fd: int, addresses: U64, lengths: U64, seeds: U64, rest: memoryview | bytearray, seconds: float) -> U64:
-    """Fill blocks, then ``rest`` (writable), from a connected socket; returns the blocks' checksums (uint64 [blocks]).
-
-    addresses, lengths: uint64 [blocks, pages]; seeds: uint64 [blocks]. Errors as in `send_ranges`.
-    """
-    where = np.append(addresses.reshape(-1), np.uint64(address_of(rest)))
-    sizes = np.append(lengths.reshape(-1), np.uint64(len(rest)))
-    if len(seeds) and int(lengths[0].sum()) >= FUSED_BYTES_MIN:
-        digests = np.empty(len(seeds), np.uint64)
-        _native.recv_blocks(fd, where, sizes, seconds, addresses.shape[1], _u64(seeds), digests)
-        return digests
-    _native.recv_ranges(fd, where, sizes, seconds)
-    return checksums(addresses, lengths, seeds)
 
 
 def _blocks(targets: U64, lengths: U64, sources: U64 | None, seeds: U64) -> U64:

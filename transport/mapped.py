@@ -125,7 +125,7 @@ class MappedTransport(Transport):
     """A transport whose regions are mapped in this process: reads are copies, done by a few threads of its own and by
     whoever waits for them. An implementor says where a region's mapping comes from."""
 
-    portion_bytes_min: ClassVar[int] = 1 << 20  # handing less to another thread costs more than it brings
+    portion_bytes_min: ClassVar[int] = 4 << 20  # handing less to another thread costs more than it brings
     portion_bytes_max: ClassVar[int] = 8 << 20  # a cancelled read ends after at most this much
 
     def __init__(self, threads: int) -> None:

@@ -2,8 +2,8 @@
 
     read ──> parts, one a stream ──> `Peer` (connections) ──> request ──> verdict, portions, trailers ──> judge
 
-Bytes land in the targets by `recvmsg` and are checksummed piece by piece while they are in the cache. `tcp_protocol` has the
-layout, `tcp_server` the other end, `tcp_peer` the connections.
+An answer is received by one call into C, without the GIL: bytes land in the targets by `recvmsg` and are checksummed piece by
+piece while they are in the cache. `tcp_protocol` has the layout, `tcp_server` the other end, `tcp_peer` the connections.
 
 Cancelling shuts the connection down, which is a fence: nothing can arrive any more. A peer that hangs, dies or answers with
 anything unexpected ends its parts, at the latest after ``request.seconds`` without progress; the connection is dropped, and the
@@ -29,16 +29,13 @@ from kvshare import native
 from kvshare.errors import ProtocolError
 from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Tamper, Transfer, Transport, failed
 from kvshare.transport.clock import Clock
-from kvshare.transport.mapped import judged
+from kvshare.transport.mapped import U8, judged
 from kvshare.transport.tcp_peer import Part, Peer
 from kvshare.transport.tcp_protocol import (
     BLOCKS_MAX,
     LENGTH,
     PORTION_BYTES,
-    VERDICT,
-    VERDICT_MAGIC,
     ReadBlocks,
-    receive,
     send,
 )
 from kvshare.transport.tcp_server import DataServer
@@ -51,7 +48,7 @@ if TYPE_CHECKING:
 PART_BYTES_MIN = 4 << 20  # less is not worth a second stream
 THREADS_MAX = 128  # connections in use at once, over all peers
 
-_VERDICTS = frozenset({BlockStatus.OK, BlockStatus.STALE, BlockStatus.UNREACHABLE})
+_UNKNOWN = 255  # no verdict has come
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -87,7 +84,9 @@ class _BlocksPart(Part):
         self._region = region
         self._request = request
         self._start, self._stop = start, stop
-        self._done = start  # blocks before it have their outcome
+        self._done = start  # blocks before it were answered for
+        self._verdicts = np.full(stop - start, _UNKNOWN, np.uint8)
+        self._found = native.Found(*np.empty((3, stop - start), np.uint64))
         self._tamper = tamper
         self._length = request.targets.block_bytes
         self._portion_blocks = max(1, PORTION_BYTES // max(1, self._length))
@@ -115,12 +114,29 @@ class _BlocksPart(Part):
 
     def finish(self, status: BlockStatus, error: str) -> None:
         statuses = self._read.statuses[self._start : self._stop]
-        if error:
-            undone = self._read.statuses[self._done : self._stop]
-            undone[undone == BlockStatus.CANCELLED] = status
-        elif statuses.any():
+        verdicts = self._verdicts
+        if verdicts.any():  # not all arrived
+            verdicts[verdicts == _UNKNOWN] = status
+            arrived = np.flatnonzero(verdicts == BlockStatus.OK)
+            statuses[:] = verdicts
+            statuses[arrived] = self._judge(arrived)
+        else:
+            statuses[:] = self._judge(slice(None))
+        if not error and statuses.any():
             error = "stale, corrupt or unknown blocks"
         self._read.finished(error)
+
+    def _judge(self, arrived: np.ndarray[tuple[int], np.dtype[np.int64]] | slice) -> U8:
+        """Statuses of those blocks, counted from our first, that have landed."""
+        expected = self._request.generations[self._start : self._stop][arrived]
+        generations, checksums, digests = (array[arrived] for array in self._found)
+        if self._tamper is not None or self._length < native.FUSED_BYTES_MIN:
+            targets = self._request.targets.addresses[self._start : self._stop][arrived]
+            lengths = np.broadcast_to(self._request.targets.page_bytes, targets.shape)
+            if self._tamper is not None:
+                self._tamper(targets, lengths)
+            digests = native.checksums(targets, lengths, self._request.seeds[self._start : self._stop][arrived])
+        return judged(expected, generations, checksums, digests)
 
     def _frame(self, start: int, stop: int) -> bytes:
         request = self._request
@@ -130,34 +146,16 @@ class _BlocksPart(Part):
         return LENGTH.pack(len(encoded)) + encoded
 
     def _receive(self, sock: socket.socket, start: int, stop: int) -> None:
-        statuses = self._receive_verdict(sock, stop - start)
-        blocks = np.arange(start, stop)
-        if statuses.any():
-            self._read.statuses[start:stop][statuses != BlockStatus.OK] = statuses[statuses != BlockStatus.OK]
-            blocks = blocks[statuses == BlockStatus.OK]
-        for at in range(0, len(blocks), self._portion_blocks):
-            self._receive_portion(sock, blocks[at : at + self._portion_blocks])
-
-    def _receive_verdict(self, sock: socket.socket, blocks: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        verdict = receive(sock, VERDICT.size + blocks, self.seconds)
-        self.answered = True
-        magic, count = VERDICT.unpack_from(verdict)
-        statuses = np.frombuffer(verdict, np.uint8, offset=VERDICT.size)
-        if magic != VERDICT_MAGIC or count != blocks or not _VERDICTS.issuperset(verdict[VERDICT.size :]):
-            raise ProtocolError("an answer that is none of ours")
-        return statuses
-
-    def _receive_portion(self, sock: socket.socket, blocks: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
-        targets = self._request.targets
-        addresses, seeds = targets.addresses[blocks], self._request.seeds[blocks]
-        lengths = np.broadcast_to(targets.page_bytes, addresses.shape)
-        trailer = bytearray(16 * len(blocks))
-        digests = native.recv_blocks(sock.fileno(), addresses, lengths, seeds, trailer, self.seconds)
-        if self._tamper is not None:
-            self._tamper(addresses, lengths)
-            digests = native.checksums(addresses, lengths, seeds)
-        generations, checksums = np.frombuffer(trailer, np.uint64).reshape(2, -1)
-        self._read.statuses[blocks] = judged(self._request.generations[blocks], generations, checksums, digests)
+        request, ours = self._request, slice(start - self._start, stop - self._start)
+        targets, seeds = request.targets.addresses[start:stop], request.seeds[start:stop]
+        found, verdicts = native.Found(*(array[ours] for array in self._found)), self._verdicts[ours]
+        wanted = (targets, request.targets.page_bytes, self._portion_blocks, seeds)
+        try:
+            native.recv_slots(sock.fileno(), self.seconds, *wanted, found, verdicts)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        finally:
+            self.answered = self.answered or bool((verdicts != _UNKNOWN).any())
 
 
 class TcpTransport(Transport):

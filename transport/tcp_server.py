@@ -2,7 +2,8 @@
 
     accept ──> handshake ──> (request ──> verdict, portions, trailers)*
 
-Reads take no lock and pin nothing: each portion is sent, then its generations are read, and the reader judges. What a
+Reads take no lock and pin nothing: each portion is sent, then its generations are read, and the reader judges. An answer is one
+call into C, without the GIL. What a
 stranger sends ends its connection and is counted; nothing that it says makes us allocate more than a request.
 
 Bounds: connections (the one that is idle longest makes room for a new one), the time of a handshake, the bytes of a request and
@@ -25,7 +26,7 @@ import numpy as np
 
 from kvshare import native, wire
 from kvshare.errors import ConfigError, ProtocolError
-from kvshare.transport.base import I64, U64, BlockStatus
+from kvshare.transport.base import BlockStatus
 from kvshare.transport.tcp_protocol import (
     LENGTH,
     PURPOSE,
@@ -53,6 +54,7 @@ class _Connection:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.idle_since: float | None = None  # None: in a handshake or an answer
+        self.serving: Region | None = None  # what is being sent
         self.leaving = False  # shut down to make room, its thread about to end
 
 
@@ -103,9 +105,12 @@ class DataServer:
             self._regions[region.region] = region
 
     def deregister(self, region: Region) -> None:
-        """Answers under way end at their next portion; they hold the mapping until then."""
+        """Answers from it end at once; they hold the mapping until then."""
         with self._lock:
             self._regions.pop(region.region, None)
+            for connection in self._connections:
+                if connection.serving is region:
+                    shut_down(connection.sock)
 
     def close(self) -> None:
         """End all connections and wait for their threads; idempotent."""
@@ -120,9 +125,8 @@ class DataServer:
         for thread in served.values():
             thread.join()
 
-    def _count(self, *events: str, **amounts: int) -> None:
+    def _count(self, **amounts: int) -> None:
         with self._counting:
-            self.counters.update(events)
             self.counters.update(amounts)
 
     # --- connections --------------------------------------------------------------------------------------------------
@@ -144,7 +148,7 @@ class DataServer:
                     self._connections[connection] = thread
                     thread.start()
             if not welcome:
-                self._count("refused")
+                self._count(refused=1)
                 sock.close()
 
     def _make_room(self) -> bool:
@@ -167,19 +171,18 @@ class DataServer:
             purpose = wire.accept_tcp(sock, self._secret, self._handshake_seconds)
             if purpose != PURPOSE:
                 raise ProtocolError(f"a connection for {purpose!r} came to the data port")
-            self._count("connections")
+            self._count(connections=1)
             blame = "garbage"
             while (request := self._next_request(connection)) is not None:
                 blame = "broken"
-                self._count("requests")
-                self._answer(sock, request)
+                self._answer(connection, request)
                 blame = "garbage"
         except (ProtocolError, msgspec.MsgspecError, OSError) as error:
             if not self._closing.is_set():
-                self._count(blame)
+                self._count(**{blame: 1})
                 log.debug("kvshare: a data connection ended (%s): %s", blame, error)
         except Exception:
-            self._count("broken")
+            self._count(broken=1)
             log.exception("kvshare: a data connection ended by a fault of ours")
         finally:
             with self._lock:
@@ -206,37 +209,27 @@ class DataServer:
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
-    def _answer(self, sock: socket.socket, request: ReadBlocks) -> None:
-        if len(request.slots) % 8 or len(request.slots) != len(request.generations) or request.portion_blocks < 1:
+    def _answer(self, connection: _Connection, request: ReadBlocks) -> None:
+        fits = len(request.slots) % 8 == 0 and len(request.slots) == len(request.generations)
+        if not fits or not 0 < request.portion_blocks < 1 << 31 or request.length >= 1 << 63:
             raise ProtocolError("a request that does not fit together")
         slots, generations = np.frombuffer(request.slots, np.int64), np.frombuffer(request.generations, np.uint64)
-        region = self._regions.get(request.region)
+        with self._lock:
+            region = connection.serving = self._regions.get(request.region)
         if region is None or request.length < 1:
-            statuses = np.full(len(slots), BlockStatus.UNREACHABLE, np.uint8)
-        else:
-            bounds = (region.available_slots, region.slot_bytes)
-            there = native.find_slots(region.table_address, *bounds, slots, generations, request.length)
-            statuses = np.where(there, np.uint8(BlockStatus.OK), np.uint8(BlockStatus.STALE))
-        verdict = VERDICT.pack(VERDICT_MAGIC, len(slots)) + statuses.tobytes()
-        slots = slots[statuses == BlockStatus.OK]
-        if region is None or not len(slots):
-            send(sock, verdict, self._send_seconds)
+            unknown = bytes([BlockStatus.UNREACHABLE]) * len(slots)
+            send(connection.sock, VERDICT.pack(VERDICT_MAGIC, len(slots)) + unknown, self._send_seconds)
             return
-        before = verdict  # goes with the first portion in one system call, each trailer with the next one
-        for start in range(0, len(slots), request.portion_blocks):
-            if self._regions.get(request.region) is not region:
-                raise ProtocolError("the region was taken out while it was read")
-            before = self._send_portion(sock, region, slots[start : start + request.portion_blocks], request.length, before)
-        send(sock, before, self._send_seconds)
-        self._count(blocks=len(slots), bytes=len(slots) * request.length)
-
-    def _send_portion(self, sock: socket.socket, region: Region, slots: I64, length: int, before: bytes) -> bytes:
-        """Send ``before`` and the slots' bytes; returns the trailer, read after them."""
-        addresses: U64 = np.empty(len(slots) + 1, np.uint64)
-        addresses[0] = native.address_of(before)
-        addresses[1:] = np.uint64(region.data_address) + slots.astype(np.uint64) * np.uint64(region.slot_bytes)
-        lengths = np.full(len(slots) + 1, length, np.uint64)
-        lengths[0] = len(before)
-        native.send_ranges(sock.fileno(), addresses, lengths, self._send_seconds)
-        after = native.load_headers(region.table_address, slots)
-        return after.generations.tobytes() + after.checksums.tobytes()
+        blocks = native.send_slots(
+            connection.sock.fileno(),
+            self._send_seconds,
+            (region.table_address, region.data_address),
+            region.slot_bytes,
+            region.available_slots,
+            slots,
+            generations,
+            request.length,
+            request.portion_blocks,
+        )
+        connection.serving = None
+        self._count(requests=1, blocks=blocks, bytes=blocks * request.length)

@@ -112,24 +112,96 @@ def test_what_is_sent_from_ranges_arrives_in_ranges(blocking: bool) -> None:
     assert all(sources.block(i) == targets.block(i) for i in range(5000))
 
 
-@pytest.mark.parametrize("lengths", [[[100, 5, 0, 700]] * 3, [[1 << 20]] * 2, [[3, 4]] * 3])
-def test_received_blocks_are_checksummed_and_followed_by_the_rest(lengths: list[list[int]]) -> None:
-    sources, targets, rest = Ranges(lengths, 1), Ranges(lengths, 2), bytearray(11)
-    seeds = random_seeds(len(lengths))
+class Table:
+    """Six slots in random memory; 0, 1 and 5 hold blocks of ``length`` bytes that the tests ask for, 2 to 4 something else."""
+
+    def __init__(self, length: int, slot_bytes: int = 5000) -> None:
+        self.data, self.headers, self.length, self.slot_bytes = (
+            Ranges([[slot_bytes]] * 6, 3),
+            np.zeros(6, HEADER),
+            length,
+            slot_bytes,
+        )
+        self.headers["generation"], self.headers["checksum"] = [2, 4, 6, 7, 8, 10], np.arange(6) + 50
+        self.headers["length"] = [length, length, length, length, length - 1, length]
+        self.addresses = (native.address_of(self.headers), native.address_of(self.data.memory))
+        self.slots = np.array([1, 3, 4, 0, 5, -1, 6, 2, 0, 1 << 40], np.int64)
+        self.expected = np.array([4, 7, 8, 4, 10, 4, 4, 8, 2, 2], np.uint64)
+        # 3 is odd, 4 has another length, 0 and 2 (once) another generation; -1, 6 and 1 << 40 are no slots.
+        self.there = [0, 4, 8]
+        self.seeds = random_seeds(len(self.slots))
+
+    def check(self, targets: Ranges, found: native.Found, digested: bool = True) -> None:
+        for block in self.there:
+            slot = int(self.slots[block])
+            content = self.data.memory[slot * self.slot_bytes :][: self.length].tobytes()
+            assert targets.block(block) == content
+            assert found.generations[block] == self.expected[block]
+            assert found.checksums[block] == 50 + slot
+            if digested:
+                assert found.digests[block] == xxhash.xxh3_64_intdigest(content, int(self.seeds[block]))
+
+
+@pytest.mark.parametrize("portion_blocks", [1, 2, 3, 100])
+@pytest.mark.parametrize("length", [90, 300, 5000])
+def test_an_answer_brings_the_blocks_that_are_there(length: int, portion_blocks: int) -> None:
+    table = Table(length)
+    targets = Ranges([[30, length - 30]] * len(table.slots), 4)
+    before = targets.memory.copy()
+    found, verdicts = native.Found(*np.zeros((3, len(table.slots)), np.uint64)), np.full(len(table.slots), 255, np.uint8)
     left, right = socket.socketpair()
-
-    def send() -> None:
-        native.send_ranges(left.fileno(), sources.addresses.reshape(-1), sources.lengths.reshape(-1), 10.0)
-        left.sendall(b"and no more, but this")
-
     with left, right:
-        sender = threading.Thread(target=send)
+        asked = (table.slots, table.expected, length, portion_blocks)
+        sent: list[int] = []
+        sender = threading.Thread(
+            target=lambda: sent.append(native.send_slots(left.fileno(), 5.0, table.addresses, 5000, 6, *asked))
+        )
         sender.start()
-        digests = native.recv_blocks(right.fileno(), targets.addresses, targets.lengths, seeds, rest, 10.0)
+        wanted = (targets.addresses, targets.lengths[0], portion_blocks, table.seeds)
+        native.recv_slots(right.fileno(), 5.0, *wanted, found, verdicts)
         sender.join()
-    assert digests.tolist() == sources.digests(seeds)
-    assert [targets.block(i) for i in range(len(lengths))] == [sources.block(i) for i in range(len(lengths))]
-    assert rest == b"and no more"
+    assert sent == [len(table.there)]
+    assert verdicts.tolist() == [0 if block in table.there else 1 for block in range(len(table.slots))]
+    table.check(targets, found, digested=length >= native.FUSED_BYTES_MIN)
+    assert np.count_nonzero(targets.memory != before) <= length * len(table.there)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"KVSV\x02\0\0\0\1\1",  # two blocks: one was asked for
+        b"kvsv\x01\0\0\0\1",
+        b"KVSV\x01\0\0\0\2",  # no verdict
+        b"KVSV\x01\0\0\0\xff",
+    ],
+)
+def test_an_answer_that_is_none_is_a_value_error(answer: bytes) -> None:
+    target, one = Ranges([[300]], 1), np.ones(1, np.uint64)
+    found, verdicts = native.Found(*np.zeros((3, 1), np.uint64)), np.full(1, 255, np.uint8)
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(answer)
+        with pytest.raises(ValueError, match="none"):
+            native.recv_slots(right.fileno(), 5.0, target.addresses, target.lengths[0], 1, one, found, verdicts)
+    assert verdicts.tolist() == [255]
+
+
+def test_what_arrived_before_a_connection_broke_is_known() -> None:
+    table = Table(300)
+    targets, count = Ranges([[300]] * 2, 4), 2
+    found, verdicts = native.Found(*np.zeros((3, count), np.uint64)), np.full(count, 255, np.uint8)
+    first, second = table.data.block(0)[:300], table.data.block(1)[:300]
+    trailer = np.array([2, 50], np.uint64).tobytes()
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(b"KVSV\x02\0\0\0\0\0" + first + trailer + second)
+        left.shutdown(socket.SHUT_WR)
+        wanted = (targets.addresses, targets.lengths[0], 1, table.seeds[:count])
+        with pytest.raises(ConnectionError):
+            native.recv_slots(right.fileno(), 5.0, *wanted, found, verdicts)
+    assert verdicts.tolist() == [0, 255]
+    assert found.generations[0] == 2
+    assert found.digests[0] == xxhash.xxh3_64_intdigest(first, int(table.seeds[0]))
 
 
 def test_a_silent_peer_is_a_timeout_and_a_closed_one_a_connection_error() -> None:
@@ -137,9 +209,9 @@ def test_a_silent_peer_is_a_timeout_and_a_closed_one_a_connection_error() -> Non
     where = target.addresses.reshape(-1), target.lengths.reshape(-1)
     left, right = socket.socketpair()
     with left, right:
-        with pytest.raises(TimeoutError, match="0 bytes received"):
+        with pytest.raises(TimeoutError, match="no progress"):
             native.recv_ranges(left.fileno(), *where, 0.02)
-        with pytest.raises(TimeoutError, match="bytes sent"):
+        with pytest.raises(TimeoutError, match="no progress"):
             native.send_ranges(left.fileno(), *where, 0.02)
         right.close()
         with pytest.raises(ConnectionError):
@@ -207,37 +279,29 @@ def test_generations_are_stored_and_loaded_by_slot() -> None:
 
 
 def test_headers_are_where_the_region_module_says() -> None:
-    assert HEADER.itemsize == 128
-    table = np.zeros(8, HEADER)
-    for slot in range(8):
-        table["generation"][slot], table["checksum"][slot], table["length"][slot] = 100 + slot, (1 << 63) + slot, 7 * slot
-        table["flags"][slot], table["key_bytes"][slot] = 0xFFFF, 0xFFFF
-    headers = native.load_headers(native.address_of(table), np.array([5, 0, 7], np.int64))
-    assert headers.generations.tolist() == [105, 100, 107]
-    assert headers.checksums.tolist() == [(1 << 63) + slot for slot in (5, 0, 7)]
-    assert headers.lengths.tolist() == [35, 0, 49]
+    offsets = {name: HEADER.fields[name][1] for name in ("generation", "checksum", "length")} if HEADER.fields else {}
+    assert offsets == {"generation": 0, "checksum": 8, "length": 16}
+    assert (HEADER.itemsize, HEADER["length"].itemsize) == (128, 4)
 
 
 @pytest.mark.parametrize("length", [90, 241, 5000])
 def test_slots_are_read_where_their_generation_length_and_place_are_right(length: int) -> None:
-    data, table = Ranges([[5000]] * 6, 3), np.zeros(6, HEADER)
-    memory = data.memory.reshape(6, -1)
-    table["generation"], table["checksum"], table["length"] = [2, 4, 6, 7, 8, 10], np.arange(6) + 50, length
-    table["length"][4] = length - 1
-    slots = np.array([1, 3, 4, 0, 5, -1, 6, 2], np.int64)
-    expected = np.array([4, 7, 8, 4, 10, 4, 4, 6], np.uint64)
-    there = [0, 7]  # slot 5 is not available, 3 is odd, 4 has another length, 0 another generation, the others are no slots
-    targets, seeds = Ranges([[30, length - 30]] * 8, 4), random_seeds(8)
+    table = Table(length)
+    targets = Ranges([[30, length - 30]] * len(table.slots), 4)
     before = targets.memory.copy()
-    places = (native.address_of(table), native.address_of(data.memory))
-    found = native.read_slots(places, 5000, 5, slots, expected, seeds, targets.addresses, targets.lengths[0])
-    assert np.flatnonzero(found.generations == expected).tolist() == there
-    for block in there:
-        content = memory[slots[block], :length].tobytes()
-        assert targets.block(block) == content
-        assert found.digests[block] == xxhash.xxh3_64_intdigest(content, int(seeds[block]))
-        assert found.checksums[block] == 50 + slots[block]
-    assert np.count_nonzero(targets.memory != before) <= length * len(there)
+    wanted = (table.slots, table.expected, table.seeds, targets.addresses, targets.lengths[0])
+    found = native.read_slots(table.addresses, 5000, 6, *wanted)
+    assert np.flatnonzero(found.generations == table.expected).tolist() == table.there
+    table.check(targets, found)
+    assert np.count_nonzero(targets.memory != before) <= length * len(table.there)
+
+
+def test_slots_beyond_those_that_have_memory_are_not_read() -> None:
+    table = Table(300)
+    targets = Ranges([[300]] * len(table.slots), 4)
+    wanted = (table.slots, table.expected, table.seeds, targets.addresses, targets.lengths[0])
+    found = native.read_slots(table.addresses, 5000, 5, *wanted)
+    assert np.flatnonzero(found.generations == table.expected).tolist() == [0, 8], "slot 5 is one of them"
 
 
 def test_a_block_longer_than_its_slot_is_not_read() -> None:
