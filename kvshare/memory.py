@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvshare.config import Settings
@@ -26,6 +28,8 @@ from kvshare.transport.choose import Transports
 log = logging.getLogger("kvshare")
 
 PAGE_BYTES = 4096
+
+GROWTH_NICENESS = 10
 
 Changed = Callable[[list[Stored], list[bytes]], None]
 
@@ -48,6 +52,8 @@ class Memory:
         self._growing: set[int] = set()
         self._exhausted: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        # Clearing memory takes as long as copying it, and is done ahead of need: others go first.
+        self._grower = ThreadPoolExecutor(1, "kvshare-grow", initializer=_step_back)
         self._expiry: asyncio.TimerHandle | None = None
         self.peers: dict[str, NodeDescription] = {}
 
@@ -118,6 +124,7 @@ class Memory:
             self._expiry.cancel()
         for task in self._tasks:
             task.cancel()
+        self._grower.shutdown()
         for arena in self.arenas.values():
             self._transports.deregister(arena)
             arena.close(unlink=unlink)
@@ -157,7 +164,7 @@ class Memory:
     async def _grow(self, region: int) -> None:
         arena, store = self.arenas[region], self.stores[region]
         try:
-            grown = await asyncio.to_thread(arena.grow)
+            grown = await asyncio.get_running_loop().run_in_executor(self._grower, arena.grow)
         finally:
             self._growing.discard(region)
         if grown:
@@ -176,3 +183,7 @@ class Memory:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _step_back() -> None:
+    os.setpriority(os.PRIO_PROCESS, 0, GROWTH_NICENESS)  # Linux: of the calling thread

@@ -37,6 +37,7 @@ log = logging.getLogger("kvshare")
 
 SAVE_BATCH_BYTES = 16 << 20  # the unit that a flush may have to wait for: a few milliseconds of copying
 SAVE_BATCH_BLOCKS = 512  # keeps a reservation's message small
+SAVE_NICENESS = 5  # nobody waits for a save; when processors are scarce the engine's own threads go first
 NODE_SECONDS = 2.0  # for the node to answer a reservation; it does nothing slow
 
 
@@ -218,6 +219,7 @@ class Mover:
         return job
 
     def _save_loop(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, 0, SAVE_NICENESS)  # Linux: of the calling thread
         while True:
             with self._saving:
                 while not self._saves and not self._closing:
