@@ -153,11 +153,7 @@ def table(report: Report) -> str:
         ("blocks", f"{report.blocks_hit} of {report.blocks_wanted} blocks of shared prefixes were hits at B's first requests"),
         ("outputs", f"{report.outputs_equal} of {report.outputs_compared} equal to engine A's, {_precision(report)}"),
         ("kill -9", f"engine A and its node, with {kill_rest} of {report.kill_requests} requests to B unanswered"),
-        (
-            "after it",
-            f"{report.kill_equal} of {report.kill_requests} answered right; slowest first token "
-            f"{report.kill_longest_first_token_s:.2f} s (its blocks died with A: recomputed)",
-        ),
+        ("after it", f"{report.kill_equal} of {report.kill_requests} answered right; {_slowest(report)}"),
         ("left behind", ", ".join(report.left_behind) or "nothing: no process, socket or shared memory"),
     ]
     lines += ["", *(f"  {name.ljust(12)} {text}" for name, text in rows), ""]
@@ -219,6 +215,12 @@ def _caption(report: Report) -> str:
             "answered right.",
         ]
     )
+
+
+def _slowest(report: Report) -> str:
+    seconds = report.kill_longest_first_token_s
+    recomputed = " (recomputed: its blocks died with A)" if seconds > report.ttft_recompute_s / 2 else ""
+    return f"slowest first token {seconds:.2f} s{recomputed}"
 
 
 def _where(report: Report) -> str:
