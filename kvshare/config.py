@@ -58,7 +58,7 @@ class Settings:
     message_bytes_max: int = 64 * MIB
 
     # Patience. Whoever prefers waiting to recomputing, or the reverse, changes these.
-    lookup_seconds: float = 0.1  # a request's question to node and directory; then it is a miss
+    lookup_seconds: float = 0.5  # a request's question to node and directory; then it is a miss
     transfer_seconds: float = 2.0  # a transfer without progress is given up after this
     attach_seconds: float = 10.0  # an engine waits this long for its node at start, then runs without
     publish_seconds: float = 0.02  # changes are collected this long before the directory hears of them
