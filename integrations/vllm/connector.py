@@ -90,6 +90,10 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is not None:
             self._worker.prepare(connector_metadata)
 
+    def has_connector_metadata(self) -> bool:
+        """vLLM asks before its two calls per layer: there is nothing for a layer to do."""
+        return False
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing: loads began in `bind_connector_metadata`, beside the forward instead of after it."""
 
