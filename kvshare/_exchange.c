@@ -7,6 +7,23 @@
 static const char MAGIC[4] = {'K', 'V', 'S', 'V'};
 #define VERDICT_HEAD 8 /* magic, number of blocks; then a byte for each */
 
+/* All parts of an answer are whole lines: the kernel's copies of what follows would take three times as long if it began at an
+ * odd place. */
+static size_t padded(size_t bytes)
+{
+    return (bytes + 63) / 64 * 64;
+}
+
+static size_t verdict_bytes(size_t blocks)
+{
+    return padded(VERDICT_HEAD + blocks);
+}
+
+static size_t trailer_bytes(size_t blocks)
+{
+    return padded(16 * blocks);
+}
+
 static Outcome move_all(int fd, int sending, double seconds, Interrupted *interrupted, const uint64_t *addresses,
                         const uint64_t *lengths, size_t count, Hasher *hasher)
 {
@@ -64,14 +81,14 @@ static Outcome send_with(Answer *answer, const Sending *sending)
     }
     /* What comes before a portion goes with it in one system call: the verdict, or the trailer of the portion before. */
     const void *before = sending->verdict;
-    size_t before_bytes = VERDICT_HEAD + answer->count;
+    size_t before_bytes = verdict_bytes(answer->count);
     for (size_t at = 0; at < live; at += answer->portion_blocks) {
         size_t blocks = live - at < answer->portion_blocks ? live - at : answer->portion_blocks;
         Outcome outcome = send_portion(answer, sending, sending->live + at, blocks, before, before_bytes);
         if (outcome != MOVED)
             return outcome;
         before = sending->trailer;
-        before_bytes = 16 * blocks;
+        before_bytes = trailer_bytes(blocks);
         answer->blocks_sent += blocks;
     }
     uint64_t address = (uint64_t)(uintptr_t)before, length = before_bytes;
@@ -82,9 +99,9 @@ Outcome send_answer(Answer *answer)
 {
     size_t portion = answer->portion_blocks < answer->count ? answer->portion_blocks : answer->count;
     Sending sending = {
-        .verdict = malloc(VERDICT_HEAD + answer->count),
+        .verdict = calloc(1, verdict_bytes(answer->count)),
         .live = malloc((answer->count + 1) * sizeof(int64_t)),
-        .trailer = malloc((2 * portion + 1) * sizeof(uint64_t)),
+        .trailer = calloc(1, trailer_bytes(portion) + 1),
         .addresses = malloc((portion + 1) * sizeof(uint64_t)),
         .lengths = malloc((portion + 1) * sizeof(uint64_t)),
     };
@@ -122,7 +139,7 @@ static Outcome receive_portion(const Reception *reception, const Receiving *rece
         }
     }
     receiving->addresses[ranges] = (uint64_t)(uintptr_t)receiving->trailer;
-    receiving->lengths[ranges++] = 16 * count;
+    receiving->lengths[ranges++] = trailer_bytes(count);
     Hasher hasher;
     hasher_begin(&hasher, receiving->seeds, receiving->digests, count, reception->pages);
     Outcome outcome = move_all(reception->fd, 0, reception->seconds, reception->interrupted, receiving->addresses,
@@ -138,7 +155,7 @@ static Outcome receive_portion(const Reception *reception, const Receiving *rece
 
 static Outcome receive_with(const Reception *reception, const Receiving *receiving)
 {
-    uint64_t address = (uint64_t)(uintptr_t)receiving->verdict, length = VERDICT_HEAD + reception->count;
+    uint64_t address = (uint64_t)(uintptr_t)receiving->verdict, length = verdict_bytes(reception->count);
     Outcome outcome = move_all(reception->fd, 0, reception->seconds, reception->interrupted, &address, &length, 1, NULL);
     if (outcome != MOVED)
         return outcome;
@@ -168,13 +185,13 @@ Outcome receive_answer(Reception *reception)
     size_t portion = reception->portion_blocks < reception->count ? reception->portion_blocks : reception->count;
     size_t ranges = portion * reception->pages + 1;
     Receiving receiving = {
-        .verdict = malloc(VERDICT_HEAD + reception->count),
+        .verdict = malloc(verdict_bytes(reception->count)),
         .live = malloc((reception->count + 1) * sizeof(size_t)),
         .addresses = malloc(ranges * sizeof(uint64_t)),
         .lengths = malloc(ranges * sizeof(uint64_t)),
         .seeds = malloc((portion + 1) * sizeof(uint64_t)),
         .digests = malloc((portion + 1) * sizeof(uint64_t)),
-        .trailer = malloc((2 * portion + 1) * sizeof(uint64_t)),
+        .trailer = malloc(trailer_bytes(portion) + 1),
     };
     reception->portion_blocks = portion;
     int complete = receiving.verdict && receiving.live && receiving.addresses && receiving.lengths && receiving.seeds &&

@@ -117,7 +117,10 @@ class Completion:
 
 
 class Transfer:
-    """A running read. Made by a transport; `wait` may be called by any number of threads."""
+    """A running read. Made by a transport; `wait` may be called by any number of threads.
+
+    Whoever starts a read waits for it or asks for a callback: a small one may be left undone until then.
+    """
 
     def __init__(self) -> None:
         self._done = threading.Event()
@@ -128,12 +131,15 @@ class Transfer:
         self.on_cancel: Callable[[], None] | None = None  # set by a transport that can interrupt its I/O
         # Set by a transport whose work the waiting thread can do itself: cheaper than waking another one for it.
         self.help: Callable[[], None] | None = None
+        # Set by a transport that leaves a small read to whoever will wait for it: called when somebody does so with a
+        # time limit, or asks for a callback, and a thread has to be woken after all.
+        self.start: Callable[[], None] | None = None
 
     def wait(self, timeout: float | None = None) -> Completion | None:
         """The completion, or None when ``timeout`` seconds pass first."""
-        help_along = self.help
-        if timeout is None and help_along is not None:
-            help_along()
+        work = self.help if timeout is None else self.start
+        if work is not None:
+            work()
         self._done.wait(timeout)
         return self._completion
 
@@ -151,10 +157,14 @@ class Transfer:
     def then(self, callback: Callable[[Completion], None]) -> None:
         """Call ``callback(completion)`` in the thread that completes the transfer (at once if it is complete)."""
         with self._lock:
-            if self._completion is None:
+            completion = self._completion
+            if completion is None:
                 self._callbacks.append(callback)
-                return
-        callback(self._completion)
+        start = self.start
+        if completion is not None:
+            callback(completion)
+        elif start is not None:
+            start()
 
     def complete(self, completion: Completion) -> None:
         """For transports: set the outcome, once."""
@@ -162,7 +172,7 @@ class Transfer:
             assert self._completion is None
             self._completion = completion
             callbacks, self._callbacks = self._callbacks, []
-            self.on_cancel = self.help = None  # they hold the transport's side of us, in a circle
+            self.on_cancel = self.help = self.start = None  # they hold the transport's side of us, in a circle
         self._done.set()
         for callback in callbacks:
             callback(completion)

@@ -68,6 +68,7 @@ class _MappedRead:
     def __init__(self, transport: MappedTransport, description: RegionDescription, request: ReadRequest) -> None:
         self.transfer = Transfer()
         self.transfer.help = self.run
+        self.transfer.on_cancel = self.transfer.start = lambda: transport.wake(self)
         self._transport, self._description, self._request = transport, description, request
         self._statuses = np.full(len(request), BlockStatus.CANCELLED, np.uint8)
         self._began = time.monotonic()
@@ -152,12 +153,17 @@ class MappedTransport(Transport):
             closed = self._closed
             if not closed:
                 self._running.add(running)
-                for _ in range(min(self._threads, running.portions)):
-                    self._pool.submit(running.run)
+        if not closed and running.portions > 1:
+            for _ in range(min(self._threads, running.portions)):
+                self._pool.submit(running.run)
         if closed:
-            running.transfer.help = None
             running.transfer.complete(failed(request, BlockStatus.CANCELLED, f"transport {self.name} is closed"))
         return running.transfer
+
+    def wake(self, read: _MappedRead) -> None:
+        """For reads: somebody waits for this one without doing it."""
+        if read.portions == 1:
+            self._pool.submit(read.run)
 
     def finished(self, read: _MappedRead) -> None:
         """For reads: this one is complete."""
@@ -170,4 +176,5 @@ class MappedTransport(Transport):
             running = list(self._running)
         for read in running:
             read.transfer.cancel()
+            read.run()  # which only completes it, unless a thread is at it
         self._pool.close()

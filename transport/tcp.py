@@ -214,8 +214,10 @@ class TcpTransport(Transport):
         if peer is None:
             transfer.complete(failed(request, BlockStatus.CANCELLED, "transport tcp is closed"))
             return transfer
+        # The bytes of a small read fit into the socket's buffers until somebody takes them.
+        patient = len(request) * request.targets.block_bytes < PART_BYTES_MIN
         for part in parts:
-            peer.submit(part)
+            peer.submit(part, patient)
         return transfer
 
     def _prepare(self, description: RegionDescription, request: ReadRequest) -> tuple[Transfer, Peer | None, list[_BlocksPart]]:
@@ -244,6 +246,7 @@ class TcpTransport(Transport):
         transfer.on_cancel = cancel
         transfer.help = help_along
         transfer.then(lambda _: self._forget_read(transfer))
+        transfer.start = peer.wake
         return transfer, peer, parts
 
     def _peer(self, description: RegionDescription, transfer: Transfer) -> Peer | None:

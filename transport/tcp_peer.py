@@ -94,8 +94,9 @@ class Peer:
         self._failing = False  # since the last success; then it has been told
         self._closed = False
 
-    def submit(self, part: Part) -> None:
-        """Take a part; its `Part.finish` is called whatever happens."""
+    def submit(self, part: Part, patient: bool = False) -> None:
+        """Take a part; its `Part.finish` is called whatever happens. patient: it may be left until `help` or `wake`, if
+        nobody else needs the connection."""
         crowded = False
         with self._lock:
             refused = self._closed
@@ -106,7 +107,8 @@ class Peer:
                     self._using.add(part)
                 crowded = part.held is None and len(self._waiting) + len(self._running) >= self._streams
                 self._waiting.append(part)
-                self._call_runner()
+                if crowded or not patient:
+                    self._call_runner()
         if refused:
             part.finish(BlockStatus.UNREACHABLE, f"{self.endpoint} was forgotten")
         elif crowded:
@@ -121,6 +123,11 @@ class Peer:
         self._run(part)
         with self._lock:
             self._end(part)
+            self._call_runner()
+
+    def wake(self) -> None:
+        """Somebody waits for a part without doing it."""
+        with self._lock:
             self._call_runner()
 
     def withdraw(self, part: Part, status: BlockStatus, error: str) -> None:

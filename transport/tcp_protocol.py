@@ -5,6 +5,7 @@
                       OK (it follows), STALE or UNREACHABLE (it does not)
                       then, for every `portion_blocks` of the OK ones: their bytes, in the order asked for;
                       then their trailer: generations (8 each), then checksums (8 each)
+                      verdict and trailers are padded to multiples of 64 bytes, so that block bytes stay aligned
 
 All numbers are little-endian. A trailer is made after its portion's last byte was handed to the network: the reader that finds
 the generation that it asked for has the bytes that were written under it. The checksum is the one in the slot's header;
@@ -28,6 +29,7 @@ PURPOSE = "blocks"
 LENGTH = struct.Struct("<I")  # before a request
 VERDICT = struct.Struct("<4sI")
 VERDICT_MAGIC = b"KVSV"
+PADDED = 64
 BLOCKS_MAX = 4096  # of one request; longer reads are several
 REQUEST_BYTES_MAX = 16 * BLOCKS_MAX + 4096
 PORTION_BYTES = 8 << 20  # between two trailers
@@ -68,6 +70,12 @@ def receive(sock: socket.socket, count: int, seconds: float) -> bytearray:
     where, length = np.array([native.address_of(data), count], np.uint64).reshape(2, 1)
     native.recv_ranges(sock.fileno(), where, length, seconds)
     return data
+
+
+def verdict_of(statuses: bytes) -> bytes:
+    """A verdict, one status a block."""
+    verdict = VERDICT.pack(VERDICT_MAGIC, len(statuses)) + statuses
+    return verdict.ljust(-(-len(verdict) // PADDED) * PADDED, b"\0")
 
 
 def shut_down(sock: socket.socket) -> None:

@@ -31,13 +31,12 @@ from kvshare.transport.tcp_protocol import (
     LENGTH,
     PURPOSE,
     REQUEST_BYTES_MAX,
-    VERDICT,
-    VERDICT_MAGIC,
     ReadBlocks,
     receive,
     send,
     shut_down,
     tune,
+    verdict_of,
 )
 
 if TYPE_CHECKING:
@@ -217,8 +216,7 @@ class DataServer:
         with self._lock:
             region = connection.serving = self._regions.get(request.region)
         if region is None or request.length < 1:
-            unknown = bytes([BlockStatus.UNREACHABLE]) * len(slots)
-            send(connection.sock, VERDICT.pack(VERDICT_MAGIC, len(slots)) + unknown, self._send_seconds)
+            send(connection.sock, verdict_of(bytes([BlockStatus.UNREACHABLE]) * len(slots)), self._send_seconds)
             return
         blocks = native.send_slots(
             connection.sock.fileno(),

@@ -180,7 +180,7 @@ def test_an_answer_that_is_none_is_a_value_error(answer: bytes) -> None:
     found, verdicts = native.Found(*np.zeros((3, 1), np.uint64)), np.full(1, 255, np.uint8)
     left, right = socket.socketpair()
     with left, right:
-        left.sendall(answer)
+        left.sendall(answer.ljust(64, b"\0"))
         with pytest.raises(ValueError, match="none"):
             native.recv_slots(right.fileno(), 5.0, target.addresses, target.lengths[0], 1, one, found, verdicts)
     assert verdicts.tolist() == [255]
@@ -191,10 +191,10 @@ def test_what_arrived_before_a_connection_broke_is_known() -> None:
     targets, count = Ranges([[300]] * 2, 4), 2
     found, verdicts = native.Found(*np.zeros((3, count), np.uint64)), np.full(count, 255, np.uint8)
     first, second = table.data.block(0)[:300], table.data.block(1)[:300]
-    trailer = np.array([2, 50], np.uint64).tobytes()
+    trailer = np.array([2, 50], np.uint64).tobytes().ljust(64, b"\0")
     left, right = socket.socketpair()
     with left, right:
-        left.sendall(b"KVSV\x02\0\0\0\0\0" + first + trailer + second)
+        left.sendall(b"KVSV\x02\0\0\0\0\0".ljust(64, b"\0") + first + trailer + second)
         left.shutdown(socket.SHUT_WR)
         wanted = (targets.addresses, targets.lengths[0], 1, table.seeds[:count])
         with pytest.raises(ConnectionError):
