@@ -75,7 +75,7 @@ static Outcome send_with(Answer *answer, const Sending *sending)
     for (size_t i = 0; i < answer->count; i++) {
         int there = answer->length <= answer->slot_bytes && slot_holds(answer->table, answer->available, answer->slots[i],
                                                                        answer->expected[i], answer->length);
-        sending->verdict[VERDICT_HEAD + i] = there ? VERDICT_OK : VERDICT_STALE;
+        sending->verdict[VERDICT_HEAD + i] = there ? STATUS_OK : STATUS_STALE;
         if (there)
             sending->live[live++] = answer->slots[i];
     }
@@ -128,9 +128,12 @@ typedef struct {
     uint64_t *seeds, *digests, *trailer; /* of a portion */
 } Receiving;
 
-static Outcome receive_portion(const Reception *reception, const Receiving *receiving, const size_t *live, size_t count)
+static Outcome receive_portion(Reception *reception, const Receiving *receiving, const size_t *live, size_t count)
 {
     size_t ranges = 0;
+    uint64_t length = 0;
+    for (size_t page = 0; page < reception->pages; page++)
+        length += reception->page_bytes[page];
     for (size_t i = 0; i < count; i++) {
         receiving->seeds[i] = reception->seeds[live[i]];
         for (size_t page = 0; page < reception->pages; page++) {
@@ -145,15 +148,16 @@ static Outcome receive_portion(const Reception *reception, const Receiving *rece
     Outcome outcome = move_all(reception->fd, 0, reception->seconds, reception->interrupted, receiving->addresses,
                                receiving->lengths, ranges, &hasher);
     for (size_t i = 0; outcome == MOVED && i < count; i++) {
-        reception->generations[live[i]] = receiving->trailer[i];
-        reception->checksums[live[i]] = receiving->trailer[count + i];
-        reception->digests[live[i]] = receiving->digests[i];
-        reception->verdicts[live[i]] = VERDICT_OK;
+        size_t block = live[i];
+        reception->checksums[block] = receiving->trailer[count + i];
+        reception->statuses[block] = judge(reception->expected[block], receiving->trailer[i], receiving->trailer[count + i],
+                                           receiving->digests[i], length);
+        reception->ok += reception->statuses[block] == STATUS_OK;
     }
     return outcome;
 }
 
-static Outcome receive_with(const Reception *reception, const Receiving *receiving)
+static Outcome receive_with(Reception *reception, const Receiving *receiving)
 {
     uint64_t address = (uint64_t)(uintptr_t)receiving->verdict, length = verdict_bytes(reception->count);
     Outcome outcome = move_all(reception->fd, 0, reception->seconds, reception->interrupted, &address, &length, 1, NULL);
@@ -166,10 +170,10 @@ static Outcome receive_with(const Reception *reception, const Receiving *receivi
     size_t live = 0;
     for (size_t i = 0; i < reception->count; i++) {
         uint8_t verdict = receiving->verdict[VERDICT_HEAD + i];
-        if (verdict == VERDICT_OK)
+        if (verdict == STATUS_OK)
             receiving->live[live++] = i;
-        else if (verdict == VERDICT_STALE || verdict == VERDICT_UNREACHABLE)
-            reception->verdicts[i] = verdict;
+        else if (verdict == STATUS_STALE || verdict == STATUS_UNREACHABLE)
+            reception->statuses[i] = verdict;
         else
             return GARBLED;
     }
@@ -194,6 +198,7 @@ Outcome receive_answer(Reception *reception)
         .trailer = malloc(trailer_bytes(portion) + 1),
     };
     reception->portion_blocks = portion;
+    reception->ok = 0;
     int complete = receiving.verdict && receiving.live && receiving.addresses && receiving.lengths && receiving.seeds &&
                    receiving.digests && receiving.trailer;
     Outcome outcome = complete ? receive_with(reception, &receiving) : out_of_memory();

@@ -5,8 +5,6 @@
 #include "_moves.h"
 #include "_slots.h"
 
-enum { VERDICT_OK = 0, VERDICT_STALE = 1, VERDICT_UNREACHABLE = 3, VERDICT_UNKNOWN = 255 };
-
 typedef struct {
     int fd;
     double seconds; /* longest time without progress */
@@ -32,12 +30,13 @@ typedef struct {
     const uint64_t *targets; /* pages of block 0, pages of block 1, ... */
     const uint64_t *page_bytes;
     size_t pages;
+    const uint64_t *expected;
     const uint64_t *seeds;
     size_t count;
     size_t portion_blocks;
-    /* Results, one per block: a verdict as soon as the block's outcome is known (OK: its bytes and the other three are here). */
-    uint8_t *verdicts;
-    uint64_t *generations, *checksums, *digests;
+    uint8_t *statuses;   /* results, one per block, as soon as its outcome is known */
+    uint64_t *checksums; /* those that the headers of blocks that arrived told */
+    size_t ok;           /* result: how many are */
 } Reception;
 
 Outcome receive_answer(Reception *reception);

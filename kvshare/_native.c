@@ -64,6 +64,48 @@ static int take_equal(PyObject *const *objects, const char *const *names, int co
     return 0;
 }
 
+/* What a read is given per block and per page, as the last arguments of a call. */
+typedef struct {
+    Array blocks[4]; /* expected, seeds, checksums; slots or nothing */
+    Array pages[2];  /* targets, page_bytes */
+    Py_buffer statuses;
+} Wanted;
+
+static void give_wanted(Wanted *wanted, int blocks)
+{
+    give_arrays(wanted->blocks, blocks);
+    give_arrays(wanted->pages, 2);
+    PyBuffer_Release(&wanted->statuses);
+}
+
+/* objects: as many arrays of blocks as said, targets, page_bytes, statuses. */
+static int take_wanted(PyObject *const *objects, int blocks, Wanted *wanted)
+{
+    static const char *const names[] = {"expected", "seeds", "checksums", "slots"};
+    if (take_equal(objects, names, blocks, wanted->blocks) < 0)
+        return -1;
+    if (take_array(objects[blocks], PyBUF_SIMPLE, "targets", &wanted->pages[0]) < 0) {
+        give_arrays(wanted->blocks, blocks);
+        return -1;
+    }
+    if (take_array(objects[blocks + 1], PyBUF_SIMPLE, "page_bytes", &wanted->pages[1]) < 0) {
+        give_arrays(wanted->blocks, blocks);
+        give_arrays(wanted->pages, 1);
+        return -1;
+    }
+    if (PyObject_GetBuffer(objects[blocks + 2], &wanted->statuses, PyBUF_WRITABLE) < 0) {
+        give_arrays(wanted->blocks, blocks);
+        give_arrays(wanted->pages, 2);
+        return -1;
+    }
+    Py_ssize_t count = wanted->blocks[0].count;
+    if (wanted->pages[0].count == count * wanted->pages[1].count && wanted->statuses.len == count)
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "one address per block and page, one status per block");
+    give_wanted(wanted, blocks);
+    return -1;
+}
+
 static PyObject *copy_ranges(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     static const char *const names[] = {"targets", "sources", "lengths"};
@@ -229,99 +271,69 @@ static PyObject *send_slots(PyObject *Py_UNUSED(module), PyObject *args)
     return outcome == MOVED ? PyLong_FromUnsignedLongLong(answer.blocks_sent) : raise_outcome(outcome, error);
 }
 
-static PyObject *recv_slots(PyObject *Py_UNUSED(module), PyObject *args)
+static PyObject *recv_slots(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    static const char *const names[] = {"seeds", "generations", "checksums", "digests"};
-    PyObject *of_pages[2], *of_blocks[4], *verdicts_object;
-    Py_ssize_t portion_blocks;
     Reception reception = {.interrupted = interrupted};
-    Array pages[2], blocks[4];
-    Py_buffer verdicts;
-    if (!PyArg_ParseTuple(args, "idOOnOOOOO", &reception.fd, &reception.seconds, &of_pages[0], &of_pages[1], &portion_blocks,
-                          &of_blocks[0], &of_blocks[1], &of_blocks[2], &of_blocks[3], &verdicts_object))
+    Wanted wanted;
+    if (nargs != 9) {
+        PyErr_SetString(PyExc_TypeError, "recv_slots takes 9 arguments");
         return NULL;
-    if (take_equal(of_blocks, names, 4, blocks) < 0)
-        return NULL;
-    int held = PyObject_GetBuffer(verdicts_object, &verdicts, PyBUF_WRITABLE) == 0;
-    int page_arrays = held && take_array(of_pages[0], PyBUF_SIMPLE, "targets", &pages[0]) == 0;
-    page_arrays += page_arrays && take_array(of_pages[1], PyBUF_SIMPLE, "page_bytes", &pages[1]) == 0;
-    int fits = page_arrays == 2 && pages[0].count == blocks[0].count * pages[1].count && verdicts.len == blocks[0].count;
-    Outcome outcome = MOVED;
-    int error = 0;
-    if (fits) {
-        reception.targets = pages[0].items;
-        reception.page_bytes = pages[1].items;
-        reception.pages = (size_t)pages[1].count;
-        reception.seeds = blocks[0].items;
-        reception.generations = blocks[1].items;
-        reception.checksums = blocks[2].items;
-        reception.digests = blocks[3].items;
-        reception.verdicts = verdicts.buf;
-        reception.count = (size_t)blocks[0].count;
-        reception.portion_blocks = portion_blocks < 1 ? 1 : (size_t)portion_blocks;
-        Py_BEGIN_ALLOW_THREADS
-        outcome = receive_answer(&reception);
-        error = errno;
-        Py_END_ALLOW_THREADS
-    } else if (page_arrays == 2) {
-        PyErr_SetString(PyExc_ValueError, "one address per block and page, one verdict per block");
     }
-    give_arrays(pages, page_arrays);
-    give_arrays(blocks, 4);
-    if (held)
-        PyBuffer_Release(&verdicts);
-    if (!fits)
+    reception.fd = (int)PyLong_AsLong(args[0]);
+    reception.seconds = PyFloat_AsDouble(args[1]);
+    reception.portion_blocks = PyLong_AsSize_t(args[2]);
+    if (PyErr_Occurred() || take_wanted(args + 3, 3, &wanted) < 0)
         return NULL;
-    if (outcome != MOVED)
-        return raise_outcome(outcome, error);
-    Py_RETURN_NONE;
+    reception.expected = wanted.blocks[0].items;
+    reception.seeds = wanted.blocks[1].items;
+    reception.checksums = wanted.blocks[2].items;
+    reception.count = (size_t)wanted.blocks[0].count;
+    reception.targets = wanted.pages[0].items;
+    reception.page_bytes = wanted.pages[1].items;
+    reception.pages = (size_t)wanted.pages[1].count;
+    reception.statuses = wanted.statuses.buf;
+    reception.portion_blocks += reception.portion_blocks == 0;
+    Outcome outcome;
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    outcome = receive_answer(&reception);
+    error = errno;
+    Py_END_ALLOW_THREADS
+    give_wanted(&wanted, 3);
+    return outcome == MOVED ? PyLong_FromSize_t(reception.ok) : raise_outcome(outcome, error);
 }
 
 /* --- generations ------------------------------------------------------------------------------------------------ */
 
 static PyObject *read_slots_(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    static const char *const names[] = {"slots", "expected", "seeds", "generations", "checksums", "digests"};
     unsigned long long numbers[4]; /* table, data, slot_bytes, available */
-    Array blocks[6], pages[2];     /* of pages: targets, page_bytes */
-    if (nargs != 12) {
-        PyErr_SetString(PyExc_TypeError, "read_slots takes 12 arguments");
+    Wanted wanted;
+    if (nargs != 11) {
+        PyErr_SetString(PyExc_TypeError, "read_slots takes 11 arguments");
         return NULL;
     }
     for (int i = 0; i < 4; i++)
         numbers[i] = PyLong_AsUnsignedLongLong(args[i]);
-    if (PyErr_Occurred() || take_equal(args + 4, names, 6, blocks) < 0)
+    if (PyErr_Occurred() || take_wanted(args + 4, 4, &wanted) < 0)
         return NULL;
-    if (take_array(args[10], PyBUF_SIMPLE, "targets", &pages[0]) < 0) {
-        give_arrays(blocks, 6);
-        return NULL;
-    }
-    int held = take_array(args[11], PyBUF_SIMPLE, "page_bytes", &pages[1]) < 0 ? 1 : 2;
-    int fits = held == 2 && pages[0].count == blocks[0].count * pages[1].count;
-    if (fits) {
-        SlotRead read = {.table = pointer(numbers[0]), .data = pointer(numbers[1]), .slot_bytes = numbers[2]};
-        read.available = numbers[3];
-        read.slots = (const int64_t *)blocks[0].items;
-        read.expected = blocks[1].items;
-        read.seeds = blocks[2].items;
-        read.count = (size_t)blocks[0].count;
-        read.targets = pages[0].items;
-        read.page_bytes = pages[1].items;
-        read.pages = (size_t)pages[1].count;
-        read.generations = blocks[3].items;
-        read.checksums = blocks[4].items;
-        read.digests = blocks[5].items;
-        Py_BEGIN_ALLOW_THREADS
-        read_slots(&read);
-        Py_END_ALLOW_THREADS
-    } else if (held == 2) {
-        PyErr_SetString(PyExc_ValueError, "targets need one address per block and page");
-    }
-    give_arrays(pages, held);
-    give_arrays(blocks, 6);
-    if (!fits)
-        return NULL;
-    Py_RETURN_NONE;
+    SlotRead read = {.table = pointer(numbers[0]), .data = pointer(numbers[1]), .slot_bytes = numbers[2]};
+    read.available = numbers[3];
+    read.expected = wanted.blocks[0].items;
+    read.seeds = wanted.blocks[1].items;
+    read.checksums = wanted.blocks[2].items;
+    read.slots = (const int64_t *)wanted.blocks[3].items;
+    read.count = (size_t)wanted.blocks[0].count;
+    read.targets = wanted.pages[0].items;
+    read.page_bytes = wanted.pages[1].items;
+    read.pages = (size_t)wanted.pages[1].count;
+    read.statuses = wanted.statuses.buf;
+    size_t ok;
+    Py_BEGIN_ALLOW_THREADS
+    ok = read_slots(&read);
+    Py_END_ALLOW_THREADS
+    give_wanted(&wanted, 4);
+    return PyLong_FromSize_t(ok);
 }
 
 static PyObject *load_generations(PyObject *Py_UNUSED(module), PyObject *args)
@@ -398,7 +410,7 @@ static PyMethodDef methods[] = {
     {"recv_ranges", (PyCFunction)(void (*)(void))recv_ranges, METH_FASTCALL, NULL},
     {"read_slots", (PyCFunction)(void (*)(void))read_slots_, METH_FASTCALL, NULL},
     {"send_slots", send_slots, METH_VARARGS, NULL},
-    {"recv_slots", recv_slots, METH_VARARGS, NULL},
+    {"recv_slots", (PyCFunction)(void (*)(void))recv_slots, METH_FASTCALL, NULL},
     {"load_generations", load_generations, METH_VARARGS, NULL},
     {"store_generation", store_generation, METH_VARARGS, NULL},
     {"view", view, METH_VARARGS, NULL},

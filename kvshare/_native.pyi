@@ -9,15 +9,14 @@ def read_slots(
     data: int,
     slot_bytes: int,
     available: int,
-    slots: Any,
     expected: Any,
     seeds: Any,
-    generations: Any,
     checksums: Any,
-    digests: Any,
+    slots: Any,
     targets: Any,
     page_bytes: Any,
-) -> None: ...
+    statuses: Any,
+) -> int: ...
 def send_slots(
     fd: int,
     seconds: float,
@@ -33,15 +32,14 @@ def send_slots(
 def recv_slots(
     fd: int,
     seconds: float,
+    portion_blocks: int,
+    expected: Any,
+    seeds: Any,
+    checksums: Any,
     targets: Any,
     page_bytes: Any,
-    portion_blocks: int,
-    seeds: Any,
-    generations: Any,
-    checksums: Any,
-    digests: Any,
-    verdicts: Any,
-) -> None: ...
+    statuses: Any,
+) -> int: ...
 def load_generations(table_address: int, stride: int, slots: Any, out: Any) -> None: ...
 def store_generation(address: int, value: int) -> None: ...
 def view(address: int, length: int, writable: bool) -> memoryview: ...

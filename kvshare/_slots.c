@@ -34,24 +34,39 @@ static void foresee(const SlotRead *read, size_t block)
         __builtin_prefetch(read->data + slot * read->slot_bytes + at);
 }
 
-void read_slots(const SlotRead *read)
+uint8_t judge(uint64_t expected, uint64_t generation, uint64_t checksum, uint64_t digest, uint64_t length)
+{
+    if (generation != expected)
+        return STATUS_STALE;
+    return length < XXH3_LENGTH_MIN || checksum == digest ? STATUS_OK : STATUS_CORRUPT;
+}
+
+static uint8_t read_slot(const SlotRead *read, size_t block, uint64_t length, int stream)
+{
+    int64_t slot = read->slots[block];
+    uint64_t expected = read->expected[block], digest, generation;
+    read->checksums[block] = 0;
+    if (length > read->slot_bytes || !slot_holds(read->table, read->available, slot, expected, length))
+        return STATUS_STALE;
+    copy_block(read->targets + block * read->pages, read->data + (uint64_t)slot * read->slot_bytes, read->page_bytes,
+               read->pages, read->seeds[block], &digest, stream);
+    load_headers(read->table, &slot, 1, &generation, &read->checksums[block]);
+    return judge(expected, generation, read->checksums[block], digest, length);
+}
+
+size_t read_slots(const SlotRead *read)
 {
     uint64_t length = 0;
+    size_t ok = 0;
     for (size_t page = 0; page < read->pages; page++)
         length += read->page_bytes[page];
     int stream = length * read->count >= STREAM_BYTES_MIN;
     for (size_t block = 0; block < read->count; block++) {
         foresee(read, block + 1);
-        if (length > read->slot_bytes || 
-            !slot_holds(read->table, read->available, read->slots[block], read->expected[block], length)) {
-            read->generations[block] = ~read->expected[block];
-            continue;
-        }
-        uint64_t slot = (uint64_t)read->slots[block];
-        copy_block(read->targets + block * read->pages, read->data + slot * read->slot_bytes, read->page_bytes, read->pages,
-                   read->seeds[block], &read->digests[block], stream);
-        load_headers(read->table, &read->slots[block], 1, &read->generations[block], &read->checksums[block]);
+        read->statuses[block] = read_slot(read, block, length, stream);
+        ok += read->statuses[block] == STATUS_OK;
     }
     if (stream)
         xxh3_fence();
+    return ok;
 }

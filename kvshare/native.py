@@ -18,6 +18,7 @@ from kvshare import _native
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
+U8 = npt.NDArray[np.uint8]
 
 FUSED_BYTES_MIN = 241  # shorter blocks have another formula in xxh3, which only the xxhash package knows
 
@@ -54,38 +55,33 @@ def load_generations(table_address: int, stride: int, slots: I64, out: U64) -> N
     _native.load_generations(table_address, stride, np.ascontiguousarray(slots), out)
 
 
-class Found(NamedTuple):
-    """What a read found, uint64 [blocks] each. ``generations``: as they were after the copy, unequal to the expected where
-    nothing was copied; ``checksums``: what the headers told; ``digests``: of what was copied."""
+class Wanted(NamedTuple):
+    """Blocks to be read, and where their outcome goes. All contiguous.
 
-    generations: U64
-    checksums: U64
-    digests: U64
-
-
-def read_slots(
-    addresses: tuple[int, int],
-    slot_bytes: int,
-    available: int,
-    slots: I64,
-    expected: U64,
-    seeds: U64,
-    targets: U64,
-    page_bytes: U64,
-) -> Found:
-    """A validated read of a mapped region: copy each block that is there at its expected generation, and digest what is copied.
-
-    addresses: of header 0 and of slot 0. available: slots from there on are never touched. slots: int64 [blocks], any numbers;
-    expected (generations), seeds: uint64 [blocks]; targets: uint64 [blocks, pages]; page_bytes: uint64 [pages].
+    expected: generations; seeds; checksums (out: what the headers of blocks that landed told): uint64 [blocks].
+    targets: uint64 [blocks, pages]; page_bytes: uint64 [pages].
+    statuses (out): uint8 [blocks], `kvshare.transport.base.BlockStatus`. Blocks shorter than `FUSED_BYTES_MIN` are OK before
+    their digests are compared, which is left to the caller.
     """
-    assert slots.dtype == np.int64
-    found = Found(*np.zeros((3, len(slots)), np.uint64))
-    where, sizes = _u64(targets), _u64(page_bytes)
-    blocks = (np.ascontiguousarray(slots), _u64(expected), _u64(seeds), *found)
-    _native.read_slots(*addresses, slot_bytes, available, *blocks, where, sizes)
-    if int(sizes.sum()) < FUSED_BYTES_MIN:
-        found.digests[:] = checksums(where, np.broadcast_to(sizes, where.shape), seeds)
-    return found
+
+    expected: U64
+    seeds: U64
+    checksums: U64
+    targets: U64
+    page_bytes: U64
+    statuses: U8
+
+
+def read_slots(addresses: tuple[int, int], slot_bytes: int, available: int, slots: I64, wanted: Wanted) -> int:
+    """A validated read of a mapped region: copy each block that is there at its expected generation, digest what is copied,
+    judge. Returns how many are OK.
+
+    addresses: of header 0 and of slot 0. available: slots from there on are never touched. slots: int64 [blocks], any numbers.
+    """
+    of_blocks = (wanted.expected, wanted.seeds, wanted.checksums, slots)
+    of_pages = (wanted.targets, wanted.page_bytes, wanted.statuses)
+    ok: int = _native.read_slots(*addresses, slot_bytes, available, *of_blocks, *of_pages)
+    return ok
 
 
 def send_slots(
@@ -109,27 +105,16 @@ def send_slots(
     return sent
 
 
-def recv_slots(
-    fd: int,
-    seconds: float,
-    targets: U64,
-    page_bytes: U64,
-    portion_blocks: int,
-    seeds: U64,
-    found: Found,
-    verdicts: npt.NDArray[np.uint8],
-) -> None:
-    """Receive such an answer: blocks land in ``targets``, their digests are made on the way (not of blocks shorter than
-    `FUSED_BYTES_MIN`).
+def recv_slots(fd: int, seconds: float, portion_blocks: int, wanted: Wanted) -> int:
+    """Receive such an answer, as `read_slots` reads; returns how many blocks are OK.
 
-    targets, page_bytes, seeds: as in `read_slots`. found: contiguous, written where a block arrived. verdicts: uint8 [blocks],
-    written wherever a block's outcome is known, also when this raises; 0: it arrived.
+    Statuses are written as soon as a block's outcome is known, also when this raises.
 
     Raises:
         ValueError: what came is no answer to this. Others as in `send_ranges`.
     """
-    where = (_u64(targets), _u64(page_bytes), portion_blocks, _u64(seeds))
-    _native.recv_slots(fd, seconds, *where, *found, verdicts)
+    ok: int = _native.recv_slots(fd, seconds, portion_blocks, *wanted)
+    return ok
 
 
 def store_generation(address: int, value: int) -> None:

@@ -65,6 +65,7 @@ class Targets:
 
     def __post_init__(self) -> None:
         assert self.addresses.ndim == 2 and self.addresses.dtype == np.uint64
+        object.__setattr__(self, "addresses", np.ascontiguousarray(self.addresses))
         assert self.page_bytes.shape == (self.addresses.shape[1],) and self.page_bytes.dtype == np.uint64
 
     @property
@@ -96,6 +97,8 @@ class ReadRequest:
         assert self.slots.dtype == np.int64 and self.generations.dtype == np.uint64 and self.seeds.dtype == np.uint64
         assert len(self.generations) == len(self.seeds) == len(self.targets.addresses) == n
         assert self.seconds > 0
+        for name in ("slots", "generations", "seeds"):
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name)))
 
     def __len__(self) -> int:
         return len(self.slots)

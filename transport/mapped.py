@@ -20,7 +20,6 @@ import numpy.typing as npt
 from kvshare import native
 from kvshare.errors import KVShareError
 from kvshare.transport.base import (
-    U64,
     BlockStatus,
     Completion,
     ReadRequest,
@@ -38,28 +37,26 @@ if TYPE_CHECKING:
 U8 = npt.NDArray[np.uint8]
 
 
-def judged(expected: U64, generations: U64, checksums: U64, digests: U64) -> U8:
-    """Statuses after a read. generations: loaded after the bytes and after ``checksums``, those that the slots' headers told;
-    digests: of what landed. A torn block also has a wrong digest, hence the order of the two questions."""
-    statuses: U8 = np.where(checksums == digests, np.uint8(BlockStatus.OK), np.uint8(BlockStatus.CORRUPT))
-    statuses[generations != expected] = BlockStatus.STALE
-    return statuses
-
-
-def read_mapped(region: Region, request: ReadRequest, start: int, stop: int, tamper: Tamper | None = None) -> U8:
-    """Copy blocks ``start`` to ``stop`` of ``request`` out of a region mapped here; their statuses."""
-    expected, seeds = request.generations[start:stop], request.seeds[start:stop]
-    targets, page_bytes = request.targets.addresses[start:stop], request.targets.page_bytes
-    places = (region.table_address, region.data_address)
-    found = native.read_slots(
-        places, region.slot_bytes, region.available_slots, request.slots[start:stop], expected, seeds, targets, page_bytes
-    )
-    digests = found.digests
+def verify_again(wanted: native.Wanted, tamper: Tamper | None) -> int:
+    """What the native calls leave to Python: digests of blocks too short for them, and of blocks that are tampered with.
+    Returns how many are OK."""
+    landed = np.flatnonzero(wanted.statuses == BlockStatus.OK)
+    targets = wanted.targets[landed]
+    lengths = np.broadcast_to(wanted.page_bytes, targets.shape)
     if tamper is not None:
-        lengths = np.broadcast_to(page_bytes, targets.shape)
         tamper(targets, lengths)
-        digests = native.checksums(targets, lengths, seeds)
-    return judged(expected, found.generations, found.checksums, digests)
+    digests = native.checksums(targets, lengths, wanted.seeds[landed])
+    corrupt = landed[digests != wanted.checksums[landed]]
+    wanted.statuses[corrupt] = BlockStatus.CORRUPT
+    return len(landed) - len(corrupt)
+
+
+def wanted_of(request: ReadRequest, statuses: U8, start: int, stop: int) -> native.Wanted:
+    """Blocks ``start`` to ``stop`` of a request whose arrays are contiguous."""
+    expected, seeds = request.generations[start:stop], request.seeds[start:stop]
+    targets = request.targets.addresses[start:stop]
+    checksums = np.empty(stop - start, np.uint64)
+    return native.Wanted(expected, seeds, checksums, targets, request.targets.page_bytes, statuses[start:stop])
 
 
 class _MappedRead:
@@ -70,12 +67,14 @@ class _MappedRead:
         self.transfer.help = self.run
         self.transfer.on_cancel = self.transfer.start = lambda: transport.wake(self)
         self._transport, self._description, self._request = transport, description, request
+        self._block_bytes = request.targets.block_bytes
         self._statuses = np.full(len(request), BlockStatus.CANCELLED, np.uint8)
         self._began = time.monotonic()
         self._lock = threading.Lock()
-        step = transport.portion_blocks(len(request), request.targets.block_bytes)
+        step = transport.portion_blocks(len(request), self._block_bytes)
         self._portions = [(start, min(start + step, len(request))) for start in range(0, len(request), step)] or [(0, 0)]
         self._left = len(self._portions)
+        self._ok = 0
         self._portions.reverse()  # taken from the end
         self._error = ""
 
@@ -90,36 +89,39 @@ class _MappedRead:
                 if not self._portions:
                     return
                 start, stop = self._portions.pop()
-            error = "cancelled"
+            ok, error = 0, "cancelled"
             if not self.transfer.cancelled:
-                error = self._read(start, stop)
+                ok, error = self._read(start, stop)
             with self._lock:
+                self._ok += ok
                 self._error = self._error or error
                 self._left -= 1
                 last = self._left == 0
             if last:
                 self._complete()
 
-    def _read(self, start: int, stop: int) -> str:
-        statuses, error = self._statuses[start:stop], ""
+    def _read(self, start: int, stop: int) -> tuple[int, str]:
+        """How many blocks are OK, and why others are not."""
+        transport, tamper = self._transport, self._transport.tamper
         try:
-            region = self._transport.region_of(self._description)
-            statuses[:] = read_mapped(region, self._request, start, stop, self._transport.tamper)
-            if statuses.any():
-                error = "stale or corrupt blocks"
+            region = transport.region_of(self._description)
+            wanted = wanted_of(self._request, self._statuses, start, stop)
+            places, bounds = (region.table_address, region.data_address), (region.slot_bytes, region.available_slots)
+            ok = native.read_slots(places, *bounds, self._request.slots[start:stop], wanted)
+            if tamper is not None or self._block_bytes < native.FUSED_BYTES_MIN:
+                ok = verify_again(wanted, tamper)
+            return ok, "" if ok == stop - start else "stale or corrupt blocks"
         except (OSError, KVShareError) as failure:
-            statuses[:] = BlockStatus.UNREACHABLE
             error = str(failure)
         except Exception as failure:  # a fault of ours must not leave the waiter waiting
-            statuses[:] = BlockStatus.UNREACHABLE
             error = f"{type(failure).__name__}: {failure}"
-        return error
+        self._statuses[start:stop] = BlockStatus.UNREACHABLE
+        return 0, error
 
     def _complete(self) -> None:
-        moved = int(np.count_nonzero(self._statuses == BlockStatus.OK)) * self._request.targets.block_bytes
-        completion = Completion(self._statuses, moved, time.monotonic() - self._began, self._error)
+        seconds = time.monotonic() - self._began
         self._transport.finished(self)
-        self.transfer.complete(completion)
+        self.transfer.complete(Completion(self._statuses, self._ok * self._block_bytes, seconds, self._error))
 
 
 class MappedTransport(Transport):

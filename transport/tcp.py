@@ -29,7 +29,7 @@ from kvshare import native
 from kvshare.errors import ProtocolError
 from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Tamper, Transfer, Transport, failed
 from kvshare.transport.clock import Clock
-from kvshare.transport.mapped import U8, judged
+from kvshare.transport.mapped import verify_again, wanted_of
 from kvshare.transport.tcp_peer import Part, Peer
 from kvshare.transport.tcp_protocol import (
     BLOCKS_MAX,
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 PART_BYTES_MIN = 4 << 20  # less is not worth a second stream
 THREADS_MAX = 128  # connections in use at once, over all peers
 
-_UNKNOWN = 255  # no verdict has come
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -62,17 +61,20 @@ class _Read:
         self._block_bytes = request.targets.block_bytes
         self._began = time.monotonic()
         self._left = parts
+        self._ok = 0
         self._error = ""
         self._lock = threading.Lock()
 
-    def finished(self, error: str) -> None:
+    def finished(self, ok: int, error: str) -> None:
+        """A part is over; ``ok`` blocks of it are."""
         with self._lock:
+            self._ok += ok
             self._error = self._error or error
             self._left -= 1
             if self._left:
                 return
-        moved = int(np.count_nonzero(self.statuses == BlockStatus.OK)) * self._block_bytes
-        self.transfer.complete(Completion(self.statuses, moved, time.monotonic() - self._began, self._error))
+        seconds = time.monotonic() - self._began
+        self.transfer.complete(Completion(self.statuses, self._ok * self._block_bytes, seconds, self._error))
 
 
 class _BlocksPart(Part):
@@ -85,8 +87,7 @@ class _BlocksPart(Part):
         self._request = request
         self._start, self._stop = start, stop
         self._done = start  # blocks before it were answered for
-        self._verdicts = np.full(stop - start, _UNKNOWN, np.uint8)
-        self._found = native.Found(*np.empty((3, stop - start), np.uint64))
+        self._ok = 0
         self._tamper = tamper
         self._length = request.targets.block_bytes
         self._portion_blocks = max(1, PORTION_BYTES // max(1, self._length))
@@ -113,30 +114,13 @@ class _BlocksPart(Part):
         self._unsent = None
 
     def finish(self, status: BlockStatus, error: str) -> None:
-        statuses = self._read.statuses[self._start : self._stop]
-        verdicts = self._verdicts
-        if verdicts.any():  # not all arrived
-            verdicts[verdicts == _UNKNOWN] = status
-            arrived = np.flatnonzero(verdicts == BlockStatus.OK)
-            statuses[:] = verdicts
-            statuses[arrived] = self._judge(arrived)
-        else:
-            statuses[:] = self._judge(slice(None))
-        if not error and statuses.any():
+        ours = slice(self._start, self._stop)
+        if error:
+            statuses = self._read.statuses[ours]
+            statuses[statuses == BlockStatus.CANCELLED] = status
+        elif self._ok < self._stop - self._start:
             error = "stale, corrupt or unknown blocks"
-        self._read.finished(error)
-
-    def _judge(self, arrived: np.ndarray[tuple[int], np.dtype[np.int64]] | slice) -> U8:
-        """Statuses of those blocks, counted from our first, that have landed."""
-        expected = self._request.generations[self._start : self._stop][arrived]
-        generations, checksums, digests = (array[arrived] for array in self._found)
-        if self._tamper is not None or self._length < native.FUSED_BYTES_MIN:
-            targets = self._request.targets.addresses[self._start : self._stop][arrived]
-            lengths = np.broadcast_to(self._request.targets.page_bytes, targets.shape)
-            if self._tamper is not None:
-                self._tamper(targets, lengths)
-            digests = native.checksums(targets, lengths, self._request.seeds[self._start : self._stop][arrived])
-        return judged(expected, generations, checksums, digests)
+        self._read.finished(self._ok, error)
 
     def _frame(self, start: int, stop: int) -> bytes:
         request = self._request
@@ -146,16 +130,23 @@ class _BlocksPart(Part):
         return LENGTH.pack(len(encoded)) + encoded
 
     def _receive(self, sock: socket.socket, start: int, stop: int) -> None:
-        request, ours = self._request, slice(start - self._start, stop - self._start)
-        targets, seeds = request.targets.addresses[start:stop], request.seeds[start:stop]
-        found, verdicts = native.Found(*(array[ours] for array in self._found)), self._verdicts[ours]
-        wanted = (targets, request.targets.page_bytes, self._portion_blocks, seeds)
+        wanted = wanted_of(self._request, self._read.statuses, start, stop)
         try:
-            native.recv_slots(sock.fileno(), self.seconds, *wanted, found, verdicts)
+            ok = native.recv_slots(sock.fileno(), self.seconds, self._portion_blocks, wanted)
+            self.answered = True
         except ValueError as error:
             raise ProtocolError(str(error)) from error
-        finally:
-            self.answered = self.answered or bool((verdicts != _UNKNOWN).any())
+        except OSError:
+            known = wanted.statuses != BlockStatus.CANCELLED
+            self.answered = self.answered or bool(known.any())
+            self._ok += self._verified(wanted, int(np.count_nonzero(wanted.statuses == BlockStatus.OK)))
+            raise
+        self._ok += self._verified(wanted, ok)
+
+    def _verified(self, wanted: native.Wanted, ok: int) -> int:
+        if self._tamper is None and self._length >= native.FUSED_BYTES_MIN:
+            return ok
+        return verify_again(wanted, self._tamper)
 
 
 class TcpTransport(Transport):

@@ -113,7 +113,8 @@ def test_what_is_sent_from_ranges_arrives_in_ranges(blocking: bool) -> None:
 
 
 class Table:
-    """Six slots in random memory; 0, 1 and 5 hold blocks of ``length`` bytes that the tests ask for, 2 to 4 something else."""
+    """Six slots in random memory; 0, 1 and 5 hold blocks of ``length`` bytes that the tests ask for, 2 to 4 something else. The
+    checksum of 5 is wrong."""
 
     def __init__(self, length: int, slot_bytes: int = 5000) -> None:
         self.data, self.headers, self.length, self.slot_bytes = (
@@ -122,7 +123,7 @@ class Table:
             length,
             slot_bytes,
         )
-        self.headers["generation"], self.headers["checksum"] = [2, 4, 6, 7, 8, 10], np.arange(6) + 50
+        self.headers["generation"] = [2, 4, 6, 7, 8, 10]
         self.headers["length"] = [length, length, length, length, length - 1, length]
         self.addresses = (native.address_of(self.headers), native.address_of(self.data.memory))
         self.slots = np.array([1, 3, 4, 0, 5, -1, 6, 2, 0, 1 << 40], np.int64)
@@ -131,15 +132,31 @@ class Table:
         self.there = [0, 4, 8]
         self.seeds = random_seeds(len(self.slots))
 
-    def check(self, targets: Ranges, found: native.Found, digested: bool = True) -> None:
-        for block in self.there:
-            slot = int(self.slots[block])
-            content = self.data.memory[slot * self.slot_bytes :][: self.length].tobytes()
-            assert targets.block(block) == content
-            assert found.generations[block] == self.expected[block]
-            assert found.checksums[block] == 50 + slot
-            if digested:
-                assert found.digests[block] == xxhash.xxh3_64_intdigest(content, int(self.seeds[block]))
+        for slot in range(6):
+            self.headers["checksum"][slot] = xxhash.xxh3_64_intdigest(self.content(slot), int(self.seeds[0]))
+        self.seeds[:] = self.seeds[0]
+        self.headers["checksum"][5] += 1
+
+    def content(self, slot: int) -> bytes:
+        return self.data.memory[slot * self.slot_bytes :][: self.length].tobytes()
+
+    def wanted(self, targets: Ranges) -> native.Wanted:
+        count = len(self.slots)
+        statuses = np.full(count, 255, np.uint8)
+        return native.Wanted(
+            self.expected, self.seeds, np.zeros(count, np.uint64), targets.addresses, targets.lengths[0], statuses
+        )
+
+    def check(self, targets: Ranges, wanted: native.Wanted, ok: int, there: list[int]) -> None:
+        long = self.length >= native.FUSED_BYTES_MIN
+        right = [block for block in there if self.slots[block] != 5 or not long]
+        assert ok == len(right)
+        assert np.flatnonzero(wanted.statuses == 0).tolist() == right
+        assert np.flatnonzero(wanted.statuses == 2).tolist() == [block for block in there if block not in right]
+        assert np.count_nonzero(wanted.statuses == 1) == len(self.slots) - len(there)
+        for block in there:
+            assert targets.block(block) == self.content(int(self.slots[block]))
+            assert wanted.checksums[block] == self.headers["checksum"][self.slots[block]]
 
 
 @pytest.mark.parametrize("portion_blocks", [1, 2, 3, 100])
@@ -148,7 +165,7 @@ def test_an_answer_brings_the_blocks_that_are_there(length: int, portion_blocks:
     table = Table(length)
     targets = Ranges([[30, length - 30]] * len(table.slots), 4)
     before = targets.memory.copy()
-    found, verdicts = native.Found(*np.zeros((3, len(table.slots)), np.uint64)), np.full(len(table.slots), 255, np.uint8)
+    wanted = table.wanted(targets)
     left, right = socket.socketpair()
     with left, right:
         asked = (table.slots, table.expected, length, portion_blocks)
@@ -157,51 +174,46 @@ def test_an_answer_brings_the_blocks_that_are_there(length: int, portion_blocks:
             target=lambda: sent.append(native.send_slots(left.fileno(), 5.0, table.addresses, 5000, 6, *asked))
         )
         sender.start()
-        wanted = (targets.addresses, targets.lengths[0], portion_blocks, table.seeds)
-        native.recv_slots(right.fileno(), 5.0, *wanted, found, verdicts)
+        ok = native.recv_slots(right.fileno(), 5.0, portion_blocks, wanted)
         sender.join()
     assert sent == [len(table.there)]
-    assert verdicts.tolist() == [0 if block in table.there else 1 for block in range(len(table.slots))]
-    table.check(targets, found, digested=length >= native.FUSED_BYTES_MIN)
+    table.check(targets, wanted, ok, table.there)
     assert np.count_nonzero(targets.memory != before) <= length * len(table.there)
 
 
 @pytest.mark.parametrize(
     "answer",
     [
-        b"KVSV\x02\0\0\0\1\1",  # two blocks: one was asked for
-        b"kvsv\x01\0\0\0\1",
-        b"KVSV\x01\0\0\0\2",  # no verdict
-        b"KVSV\x01\0\0\0\xff",
+        b"KVSV\x0b\0\0\0" + bytes([1] * 11),  # eleven blocks: ten were asked for
+        b"kvsv\x0a\0\0\0" + bytes([1] * 10),
+        b"KVSV\x0a\0\0\0" + bytes([1] * 9 + [2]),  # no verdict, but a judgement
+        b"KVSV\x0a\0\0\0" + bytes([255] * 10),
     ],
 )
 def test_an_answer_that_is_none_is_a_value_error(answer: bytes) -> None:
-    target, one = Ranges([[300]], 1), np.ones(1, np.uint64)
-    found, verdicts = native.Found(*np.zeros((3, 1), np.uint64)), np.full(1, 255, np.uint8)
+    table, targets = Table(300), Ranges([[300]] * 10, 1)
+    wanted = table.wanted(targets)
     left, right = socket.socketpair()
     with left, right:
         left.sendall(answer.ljust(64, b"\0"))
         with pytest.raises(ValueError, match="none"):
-            native.recv_slots(right.fileno(), 5.0, target.addresses, target.lengths[0], 1, one, found, verdicts)
-    assert verdicts.tolist() == [255]
+            native.recv_slots(right.fileno(), 5.0, 1, wanted)
+    assert 0 not in wanted.statuses
 
 
 def test_what_arrived_before_a_connection_broke_is_known() -> None:
-    table = Table(300)
-    targets, count = Ranges([[300]] * 2, 4), 2
-    found, verdicts = native.Found(*np.zeros((3, count), np.uint64)), np.full(count, 255, np.uint8)
-    first, second = table.data.block(0)[:300], table.data.block(1)[:300]
-    trailer = np.array([2, 50], np.uint64).tobytes().ljust(64, b"\0")
+    table, targets = Table(300), Ranges([[300]] * 10, 4)
+    wanted = table.wanted(targets)
+    verdict = b"KVSV\x0a\0\0\0" + bytes([0, 1, 0] + [3] * 7)
+    trailer = np.array([4, table.headers["checksum"][1]], np.uint64).tobytes()
     left, right = socket.socketpair()
     with left, right:
-        left.sendall(b"KVSV\x02\0\0\0\0\0".ljust(64, b"\0") + first + trailer + second)
+        left.sendall(verdict.ljust(64, b"\0") + table.content(1) + trailer.ljust(64, b"\0") + table.content(4))
         left.shutdown(socket.SHUT_WR)
-        wanted = (targets.addresses, targets.lengths[0], 1, table.seeds[:count])
         with pytest.raises(ConnectionError):
-            native.recv_slots(right.fileno(), 5.0, *wanted, found, verdicts)
-    assert verdicts.tolist() == [0, 255]
-    assert found.generations[0] == 2
-    assert found.digests[0] == xxhash.xxh3_64_intdigest(first, int(table.seeds[0]))
+            native.recv_slots(right.fileno(), 5.0, 1, wanted)
+    assert wanted.statuses.tolist() == [0, 1, 255] + [3] * 7
+    assert targets.block(0) == table.content(1)
 
 
 def test_a_silent_peer_is_a_timeout_and_a_closed_one_a_connection_error() -> None:
@@ -289,30 +301,34 @@ def test_slots_are_read_where_their_generation_length_and_place_are_right(length
     table = Table(length)
     targets = Ranges([[30, length - 30]] * len(table.slots), 4)
     before = targets.memory.copy()
-    wanted = (table.slots, table.expected, table.seeds, targets.addresses, targets.lengths[0])
-    found = native.read_slots(table.addresses, 5000, 6, *wanted)
-    assert np.flatnonzero(found.generations == table.expected).tolist() == table.there
-    table.check(targets, found)
+    wanted = table.wanted(targets)
+    ok = native.read_slots(table.addresses, 5000, 6, table.slots, wanted)
+    table.check(targets, wanted, ok, table.there)
     assert np.count_nonzero(targets.memory != before) <= length * len(table.there)
 
 
 def test_slots_beyond_those_that_have_memory_are_not_read() -> None:
-    table = Table(300)
-    targets = Ranges([[300]] * len(table.slots), 4)
-    wanted = (table.slots, table.expected, table.seeds, targets.addresses, targets.lengths[0])
-    found = native.read_slots(table.addresses, 5000, 5, *wanted)
-    assert np.flatnonzero(found.generations == table.expected).tolist() == [0, 8], "slot 5 is one of them"
+    table, targets = Table(300), Ranges([[300]] * 10, 4)
+    wanted = table.wanted(targets)
+    ok = native.read_slots(table.addresses, 5000, 5, table.slots, wanted)
+    table.check(targets, wanted, ok, there=[0, 8])
 
 
 def test_a_block_longer_than_its_slot_is_not_read() -> None:
-    table = np.zeros(2, HEADER)
-    table["generation"], table["length"] = 2, 200
-    memory, target = np.zeros(300, np.uint8), np.zeros(200, np.uint8)
-    places = (native.address_of(table), native.address_of(memory))
-    one = np.ones(1, np.uint64)
-    where = np.array([[native.address_of(target)]], np.uint64)
-    found = native.read_slots(places, 100, 2, np.zeros(1, np.int64), 2 * one, one, where, 200 * one)
-    assert found.generations[0] != 2
+    table, targets = Table(5000), Ranges([[5000]] * 10, 4)
+    wanted = table.wanted(targets)
+    assert native.read_slots(table.addresses, 4999, 6, table.slots, wanted) == 0
+    assert set(wanted.statuses.tolist()) == {1}
+
+
+@pytest.mark.parametrize("missing", ["expected", "checksums", "targets", "page_bytes", "statuses"])
+def test_a_read_with_too_few_of_anything_is_refused(missing: str) -> None:
+    table, targets = Table(300), Ranges([[100, 200]] * 10, 4)
+    wanted = table.wanted(targets)
+    short = wanted._replace(**{missing: getattr(wanted, missing)[:-1].copy()})
+    with pytest.raises(ValueError, match=r"one |differ"):
+        native.read_slots(table.addresses, 5000, 6, table.slots, short)
+    assert 0 not in wanted.statuses
 
 
 def test_a_view_reads_and_writes_memory_where_it_lies() -> None:
