@@ -24,6 +24,8 @@ static size_t trailer_bytes(size_t blocks)
     return padded(16 * blocks);
 }
 
+enum { RECEIVE, SEND, SEND_MORE };
+
 static Outcome move_all(int fd, int sending, double seconds, Interrupted *interrupted, const uint64_t *addresses,
                         const uint64_t *lengths, size_t count, Hasher *hasher)
 {
@@ -31,6 +33,7 @@ static Outcome move_all(int fd, int sending, double seconds, Interrupted *interr
     stream.addresses = addresses;
     stream.lengths = lengths;
     stream.count = count;
+    stream.more = sending == SEND_MORE;
     return stream_run(&stream);
 }
 
@@ -59,7 +62,7 @@ static Outcome send_portion(const Answer *answer, const Sending *sending, const 
         sending->addresses[i + 1] = (uint64_t)(uintptr_t)(answer->data + (uint64_t)live[i] * answer->slot_bytes);
         sending->lengths[i + 1] = answer->length;
     }
-    Outcome outcome = move_all(answer->fd, 1, answer->seconds, answer->interrupted, sending->addresses, sending->lengths,
+    Outcome outcome = move_all(answer->fd, SEND_MORE, answer->seconds, answer->interrupted, sending->addresses, sending->lengths,
                                count + 1, NULL);
     if (outcome == MOVED)
         load_headers(answer->table, live, count, sending->trailer, sending->trailer + count);
@@ -92,7 +95,7 @@ static Outcome send_with(Answer *answer, const Sending *sending)
         answer->blocks_sent += blocks;
     }
     uint64_t address = (uint64_t)(uintptr_t)before, length = before_bytes;
-    return move_all(answer->fd, 1, answer->seconds, answer->interrupted, &address, &length, 1, NULL);
+    return move_all(answer->fd, SEND, answer->seconds, answer->interrupted, &address, &length, 1, NULL);
 }
 
 Outcome send_answer(Answer *answer)
@@ -145,7 +148,7 @@ static Outcome receive_portion(Reception *reception, const Receiving *receiving,
     receiving->lengths[ranges++] = trailer_bytes(count);
     Hasher hasher;
     hasher_begin(&hasher, receiving->seeds, receiving->digests, count, reception->pages);
-    Outcome outcome = move_all(reception->fd, 0, reception->seconds, reception->interrupted, receiving->addresses,
+    Outcome outcome = move_all(reception->fd, RECEIVE, reception->seconds, reception->interrupted, receiving->addresses,
                                receiving->lengths, ranges, &hasher);
     for (size_t i = 0; outcome == MOVED && i < count; i++) {
         size_t block = live[i];
@@ -160,7 +163,7 @@ static Outcome receive_portion(Reception *reception, const Receiving *receiving,
 static Outcome receive_with(Reception *reception, const Receiving *receiving)
 {
     uint64_t address = (uint64_t)(uintptr_t)receiving->verdict, length = verdict_bytes(reception->count);
-    Outcome outcome = move_all(reception->fd, 0, reception->seconds, reception->interrupted, &address, &length, 1, NULL);
+    Outcome outcome = move_all(reception->fd, RECEIVE, reception->seconds, reception->interrupted, &address, &length, 1, NULL);
     if (outcome != MOVED)
         return outcome;
     uint32_t count = (uint32_t)reception->count;

@@ -10,7 +10,7 @@
 
 #define IOVECS_MAX 1024 /* the kernel's limit for one sendmsg or recvmsg */
 #define CALL_LIMIT 250000 /* microseconds */
-#define PIECE_BYTES (128 << 10) /* received, then hashed: small enough to be in the second-level cache still */
+#define PIECE_BYTES (256 << 10) /* received, then hashed: small enough to be in the second-level cache still */
 
 static inline void *pointer(uint64_t address)
 {
@@ -165,7 +165,7 @@ static Outcome run_limited(Stream *stream)
             return MOVED;
         }
         struct msghdr message = {.msg_iov = vectors, .msg_iovlen = filled};
-        ssize_t moved = stream->sending ? sendmsg(stream->fd, &message, MSG_NOSIGNAL)
+        ssize_t moved = stream->sending ? sendmsg(stream->fd, &message, MSG_NOSIGNAL | (stream->more ? MSG_MORE : 0))
                                         : recvmsg(stream->fd, &message, MSG_WAITALL);
         if (moved > 0) {
             advance(stream, (uint64_t)moved);

@@ -34,6 +34,7 @@ void copy_block(const uint64_t *targets, const uint8_t *source, const uint64_t *
 typedef struct {
     int fd;
     int sending;
+    int more; /* more will be sent at once: nothing small goes out alone */
     const uint64_t *addresses;
     const uint64_t *lengths;
     size_t count;

@@ -27,7 +27,7 @@ import enum
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -57,20 +57,19 @@ class Targets:
     """Where blocks go: block i is the concatenation of the byte ranges ``addresses[i, j], page_bytes[j]``.
 
     addresses: uint64 [blocks, pages], memory that the caller keeps alive and mapped until the `Completion`.
-    page_bytes: uint64 [pages]; their sum is the length of every block in the request.
+    page_bytes: uint64 [pages]; their sum, ``block_bytes``, is the length of every block in the request.
     """
 
     addresses: U64
     page_bytes: U64
+    block_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.addresses.ndim == 2 and self.addresses.dtype == np.uint64
         object.__setattr__(self, "addresses", np.ascontiguousarray(self.addresses))
+        object.__setattr__(self, "page_bytes", np.ascontiguousarray(self.page_bytes))
+        object.__setattr__(self, "block_bytes", int(self.page_bytes.sum()))
         assert self.page_bytes.shape == (self.addresses.shape[1],) and self.page_bytes.dtype == np.uint64
-
-    @property
-    def block_bytes(self) -> int:
-        return int(self.page_bytes.sum())
 
     @classmethod
     def strided(cls, base: int, stride: int, indices: npt.ArrayLike, length: int) -> Targets:

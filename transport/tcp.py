@@ -55,36 +55,65 @@ _encoder = msgspec.msgpack.Encoder()
 class _Read:
     """One read: its parts write statuses; the last one to end completes it."""
 
-    def __init__(self, request: ReadRequest, parts: int) -> None:
+    def __init__(self, transport: TcpTransport, request: ReadRequest) -> None:
+        self.request = request
         self.transfer = Transfer()
-        self.statuses = np.full(len(request), BlockStatus.CANCELLED, np.uint8)
-        self._block_bytes = request.targets.block_bytes
+        self.statuses = np.empty(len(request), np.uint8)
+        self.statuses.fill(BlockStatus.CANCELLED)
+        self.parts: list[_BlocksPart] = []
+        self.peer: Peer | None = None
+        self._transport = transport
         self._began = time.monotonic()
-        self._left = parts
+        self._ended = 0
         self._ok = 0
         self._error = ""
         self._lock = threading.Lock()
+
+    def start(self, peer: Peer, region: int, bounds: list[int]) -> None:
+        """Hand the blocks between successive ``bounds`` to ``peer``, a part for each."""
+        tamper = self._transport.tamper
+        self.peer = peer
+        self.parts = [_BlocksPart(self, region, start, stop, tamper) for start, stop in itertools.pairwise(bounds)]
+        self.transfer.on_cancel = self._cancel
+        self.transfer.help = self._help
+        self.transfer.start = peer.wake
+        # The bytes of a small read fit into the socket's buffers until somebody takes them.
+        patient = len(self.request) * self.request.targets.block_bytes < PART_BYTES_MIN
+        for part in self.parts:
+            peer.submit(part, patient)
 
     def finished(self, ok: int, error: str) -> None:
         """A part is over; ``ok`` blocks of it are."""
         with self._lock:
             self._ok += ok
             self._error = self._error or error
-            self._left -= 1
-            if self._left:
+            self._ended += 1
+            if self._ended < len(self.parts):
                 return
-        seconds = time.monotonic() - self._began
-        self.transfer.complete(Completion(self.statuses, self._ok * self._block_bytes, seconds, self._error))
+        self._transport.finished(self.transfer)
+        moved = self._ok * self.request.targets.block_bytes
+        self.transfer.complete(Completion(self.statuses, moved, time.monotonic() - self._began, self._error))
+
+    def _cancel(self) -> None:
+        assert self.peer is not None
+        for part in self.parts:
+            self.peer.withdraw(part, BlockStatus.CANCELLED, "cancelled")
+            part.interrupt()
+
+    def _help(self) -> None:
+        assert self.peer is not None
+        for part in self.parts:
+            self.peer.help(part)
 
 
 class _BlocksPart(Part):
     """Blocks ``start`` to ``stop`` of a request, over one connection."""
 
-    def __init__(self, read: _Read, region: int, request: ReadRequest, start: int, stop: int, tamper: Tamper | None) -> None:
-        super().__init__(read.transfer, request.seconds)
+    def __init__(self, read: _Read, region: int, start: int, stop: int, tamper: Tamper | None) -> None:
+        super().__init__(read.transfer, read.request.seconds)
         self._read = read
         self._region = region
-        self._request = request
+        self._request = request = read.request
         self._start, self._stop = start, stop
         self._done = start  # blocks before it were answered for
         self._ok = 0
@@ -201,44 +230,15 @@ class TcpTransport(Transport):
         return bool(self._secret and description.endpoint)
 
     def read(self, description: RegionDescription, request: ReadRequest) -> Transfer:
-        transfer, peer, parts = self._prepare(description, request)
+        read = _Read(self, request)
+        peer = self._peer(description, read.transfer)
         if peer is None:
-            transfer.complete(failed(request, BlockStatus.CANCELLED, "transport tcp is closed"))
-            return transfer
-        # The bytes of a small read fit into the socket's buffers until somebody takes them.
-        patient = len(request) * request.targets.block_bytes < PART_BYTES_MIN
-        for part in parts:
-            peer.submit(part, patient)
-        return transfer
-
-    def _prepare(self, description: RegionDescription, request: ReadRequest) -> tuple[Transfer, Peer | None, list[_BlocksPart]]:
-        total = len(request) * request.targets.block_bytes
-        count = max(1, min(self._parts_max, len(request), total // PART_BYTES_MIN))
-        bounds = [len(request) * i // count for i in range(count + 1)]
-        read = _Read(request, count)
-        transfer = read.transfer
-        peer = self._peer(description, transfer)
-        if peer is None:
-            return transfer, None, []
-        parts = [
-            _BlocksPart(read, description.region, request, start, stop, self.tamper)
-            for start, stop in itertools.pairwise(bounds)
-        ]
-
-        def cancel() -> None:
-            for part in parts:
-                peer.withdraw(part, BlockStatus.CANCELLED, "cancelled")
-                part.interrupt()
-
-        def help_along() -> None:
-            for part in parts:
-                peer.help(part)
-
-        transfer.on_cancel = cancel
-        transfer.help = help_along
-        transfer.then(lambda _: self._forget_read(transfer))
-        transfer.start = peer.wake
-        return transfer, peer, parts
+            read.transfer.complete(failed(request, BlockStatus.CANCELLED, "transport tcp is closed"))
+            return read.transfer
+        count = len(request)
+        parts = max(1, min(self._parts_max, count, count * request.targets.block_bytes // PART_BYTES_MIN))
+        read.start(peer, description.region, [count * i // parts for i in range(parts + 1)])
+        return read.transfer
 
     def _peer(self, description: RegionDescription, transfer: Transfer) -> Peer | None:
         """The peer of a region, with ``transfer`` among the running reads; None when closed."""
@@ -256,7 +256,8 @@ class TcpTransport(Transport):
             replaced.close(BlockStatus.UNREACHABLE, "it moved to another endpoint")
         return peer
 
-    def _forget_read(self, transfer: Transfer) -> None:
+    def finished(self, transfer: Transfer) -> None:
+        """For reads: this one is about to complete."""
         with self._lock:
             self._reads.discard(transfer)
 
