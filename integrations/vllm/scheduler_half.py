@@ -76,6 +76,7 @@ class Tracked:
     hits: int = 0  # leading blocks that the engine's own cache had when `matched` was asked last
     offered: int = 0  # blocks behind those that `matched` promised last
     next_save: int | None = None  # the first block not yet listed for saving
+    loaded: int = 0  # blocks in front of this one came from peers, or were in our node
     failed: bool = False  # a load of its failed: it computes from now on
 
 
@@ -103,6 +104,7 @@ class SchedulerHalf:
         self._loads: dict[str, Load] = {}
         self._loading: dict[bytes, str] = {}  # key -> request that loads it
         self._planned: list[Load] = []  # since the last step
+        self._postponed: list[Save] = []  # to the next step
         self._epoch = 0
         self._secret = ""  # of our own namespace, once the weights may have changed
 
@@ -147,7 +149,7 @@ class SchedulerHalf:
         assert question is not None and tracked.prefix is not None and count <= tracked.offered
         load = Load(request.request_id, question.plan(start, count), block_ids[start : start + count], self._epoch)
         # What came from a peer is saved to our own node; what our node has is not saved again.
-        tracked.next_save = start
+        tracked.next_save, tracked.loaded = start, start + count
         self._loads[request.request_id] = load
         self._loading.update(dict.fromkeys(load.plan.keys, request.request_id))
         self._planned.append(load)
@@ -175,11 +177,22 @@ class SchedulerHalf:
             meta.overwritten += load.block_ids
         meta.overwritten += self._handed_out(output)
         if self._may_save:
+            meta.saves += self._due(frozenset(meta.overwritten))
             for request_id, tokens in output.num_scheduled_tokens.items():
                 tracked = self._requests.get(request_id)
                 if tracked is not None:
                     meta.saves += self._completed(tracked, tokens, output.kv_connector_block_state)
         return meta
+
+    def _due(self, overwritten: frozenset[int]) -> list[Save]:
+        """Saves postponed from the step before, without what this step writes to: their requests may have let go of it."""
+        postponed, self._postponed = self._postponed, []
+        kept = []
+        for save in postponed:
+            still = [i for i, block_id in enumerate(save.block_ids) if block_id not in overwritten]
+            if still:
+                kept.append(Save([save.keys[i] for i in still], [save.block_ids[i] for i in still]))
+        return kept
 
     def _handed_out(self, output: SchedulerOutput) -> list[int]:
         """Blocks that requests got in this step: they may hold another request's blocks that are still being saved."""
@@ -212,7 +225,15 @@ class SchedulerHalf:
         if not absent:
             return []
         block_ids = blocks.get_block_ids(request.request_id)[GROUP]
-        return [Save([tracked.prefix + hashes[i] for i in absent], [block_ids[start + i] for i in absent])]
+        # Copying what a peer has already would delay this request's first token: it is done when that is out.
+        borrowed = [i for i in absent if start + i < tracked.loaded]
+        made = [i for i in absent if start + i >= tracked.loaded]
+        saves = [
+            Save([tracked.prefix + hashes[i] for i in chosen], [block_ids[start + i] for i in chosen])
+            for chosen in (borrowed, made)
+        ]
+        self._postponed += [save for save in saves[:1] if save.keys]
+        return [save for save in saves[1:] if save.keys]
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -226,6 +247,7 @@ class SchedulerHalf:
         """The engine's weights may have changed: from now on its blocks are nobody else's, nor theirs ours."""
         self._secret = os.urandom(16).hex()
         self._epoch += 1
+        self._postponed.clear()
         for tracked in self._requests.values():
             if tracked.request.num_computed_tokens == 0:
                 self._begin(tracked)
@@ -260,7 +282,7 @@ class SchedulerHalf:
     def _begin(self, tracked: Tracked) -> None:
         """(Re)start a request that holds no blocks: its prefix, its question."""
         request = tracked.request
-        tracked.question, tracked.hits, tracked.offered, tracked.next_save = None, 0, 0, None
+        tracked.question, tracked.hits, tracked.offered, tracked.next_save, tracked.loaded = None, 0, 0, None, 0
         tracked.prefix = self._prefix(request)
         tracked.shared = tracked.prefix != b""
         if not tracked.prefix or not self._may_load or tracked.failed:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -26,6 +27,7 @@ log = logging.getLogger("kvshare")
 
 # In a step without a forward the engine only waits for loads: longer than one takes, shorter than a new request would mind.
 ARRIVAL_SECONDS = 0.005
+LEAVE_SECONDS = 2.0
 FLUSH_SECONDS = 1.0  # a copy that takes longer is worth a line in the log
 
 
@@ -82,6 +84,10 @@ class WorkerHalf:
         return stats
 
     def close(self) -> None:
+        """The engine ends: what it has just computed is still saved, if that takes no longer than `LEAVE_SECONDS`."""
+        deadline = time.monotonic() + LEAVE_SECONDS
+        for saving, _ in self._saves:
+            saving.wait(max(0.0, deadline - time.monotonic()))
         self._close_all()
         self._pages.close()
 

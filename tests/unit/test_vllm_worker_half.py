@@ -153,6 +153,22 @@ def test_saved_blocks_are_counted(pages: HeldPages, worker: WorkerHalf) -> None:
     }  # fmt: skip
 
 
+def test_a_leaving_engine_still_saves_what_it_has_computed(pages: HeldPages) -> None:
+    order: list[str] = []
+    worker = WorkerHalf(pages, lambda: order.append("closed"))
+    worker.start_saves(StepMetadata(saves=[Save([b"k"], [3])]))
+
+    def saved() -> None:
+        order.append("saved")
+        pages.saves[0].ended.set()
+
+    ends = threading.Timer(0.02, saved)
+    ends.start()
+    worker.close()
+    ends.join()
+    assert order == ["saved", "closed"] and not pages.saves[0].cancelled
+
+
 def test_closing_ends_the_pages(pages: HeldPages, worker: WorkerHalf) -> None:
     worker.close()
     assert pages.closed
