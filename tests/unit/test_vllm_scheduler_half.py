@@ -285,15 +285,38 @@ def test_what_our_node_holds_is_not_saved_again() -> None:
     assert engine.run(again=(again, 17)).saves == []
 
 
-def test_blocks_that_came_from_a_peer_are_saved_to_our_node() -> None:
-    engine = Engine()
+def pulled(engine: Engine) -> Any:
+    """A request of five blocks whose first four came from a peer."""
     filled(engine)
     b = request("b", 21)
     assert engine.admit(b) == 16
     engine.run()
     engine.half.loads_ended({"b"}, set())
     engine.session.held.clear()  # our node never had them
-    assert len(engine.save_all(engine.run(b=(b, 5)))) == 5
+    return b
+
+
+def test_blocks_that_came_from_a_peer_are_saved_to_our_node_when_the_first_token_is_out() -> None:
+    engine = Engine()
+    b = pulled(engine)
+    assert len(engine.save_all(engine.run(b=(b, 5)))) == 1  # what it computed
+    engine.half.finished(b)
+    assert len(engine.save_all(engine.run())) == 4
+    assert engine.run().saves == []
+
+
+def test_postponed_blocks_that_the_next_step_overwrites_are_not_saved() -> None:
+    engine = Engine()
+    b = pulled(engine)
+    engine.run(b=(b, 5))
+    taken = engine.blocks["b"][1:3]
+    engine.half.finished(b)
+    other = request("other", 8, text="other")
+    engine.next_block = taken[0]
+    meta = engine.run(other=(other, 8))
+    assert set(taken) <= set(meta.overwritten)
+    saved = {block_id for save in meta.saves for block_id in save.block_ids if save.keys[0].endswith((b"t0", b"t3"))}
+    assert saved == {engine.blocks["b"][0], engine.blocks["b"][3]}
 
 
 def test_blocks_of_the_engines_own_hit_are_not_saved_again() -> None:
