@@ -246,7 +246,8 @@ def measure(reader: Reader, quick: bool) -> dict[str, dict[str, Cell]]:
                 for limit, ours in runs:  # warm: page tables, connections, socket buffers
                     limit(), ours()
                 for sample in range(samples):
-                    limit, ours = runs[sample % len(runs)]
+                    # Never the same memory in succession: what one has brought into the cache would serve the other.
+                    limit, ours = runs[sample % len(runs)][0], runs[(sample + len(runs) // 2) % len(runs)][1]
                     if sample % 2:
                         cell.ours.append(timed(ours))
                     cell.limit.append(timed(limit))

@@ -125,7 +125,8 @@ class Transfer:
     """
 
     def __init__(self) -> None:
-        self._done = threading.Event()
+        self._done = threading.Lock()  # held until the completion is there: a latch, cheaper than an Event
+        self._done.acquire()
         self._cancelled = False
         self._completion: Completion | None = None
         self._callbacks: list[Callable[[Completion], None]] = []
@@ -142,7 +143,8 @@ class Transfer:
         work = self.help if timeout is None else self.start
         if work is not None:
             work()
-        self._done.wait(timeout)
+        if self._completion is None and self._done.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            self._done.release()  # for the next one who waits
         return self._completion
 
     def cancel(self) -> None:
@@ -175,7 +177,7 @@ class Transfer:
             self._completion = completion
             callbacks, self._callbacks = self._callbacks, []
             self.on_cancel = self.help = self.start = None  # they hold the transport's side of us, in a circle
-        self._done.set()
+        self._done.release()
         for callback in callbacks:
             callback(completion)
 

@@ -8,8 +8,8 @@ Threads: all methods from any thread.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
-from collections import deque
 from collections.abc import Callable
 
 log = logging.getLogger("kvshare")
@@ -22,46 +22,38 @@ class Workers:
         self._name = name
         self._threads_max = threads_max
         self._threads: list[threading.Thread] = []
-        self._tasks: deque[Callable[[], None]] = deque()
-        self._idle = 0
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._load = 0  # tasks that wait or run
         self._closed = False
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
 
     def submit(self, task: Callable[[], None]) -> None:
         """Run ``task`` soon. After `close` it is dropped."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return
-            self._tasks.append(task)
-            if self._idle >= len(self._tasks):
-                self._changed.notify()
-            elif len(self._threads) < self._threads_max:
+            self._load += 1
+            if len(self._threads) < min(self._load, self._threads_max):
                 thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
+            self._tasks.put(task)
 
     def close(self) -> None:
         """Do what was submitted, then end the threads; idempotent. Not to be called by a task."""
-        with self._changed:
+        with self._lock:
+            if not self._closed:
+                for _ in self._threads:
+                    self._tasks.put(None)
             self._closed = True
-            self._changed.notify_all()
-            threads = list(self._threads)
-        for thread in threads:
+        for thread in self._threads:
             thread.join()
 
     def _run(self) -> None:
-        while (task := self._next()) is not None:
+        while (task := self._tasks.get()) is not None:
             try:
                 task()
             except Exception:
                 log.exception("kvshare: a task of %s failed", self._name)
-
-    def _next(self) -> Callable[[], None] | None:
-        with self._changed:
-            while not self._tasks:
-                if self._closed:
-                    return None
-                self._idle += 1
-                self._changed.wait()
-                self._idle -= 1
-            return self._tasks.popleft()
+            with self._lock:
+                self._load -= 1
