@@ -188,7 +188,7 @@ class Reader:
 
     def raw(self, code: int, payload: int, way: str, number: int) -> Callable[[], None]:
         plan = layout(payload, way, number)
-        pool = memoryview(self.pool)
+        pool = self.pool.data
         places = (plan.places.reshape(-1) * plan.page_bytes).tolist()
         ready = batches([pool[at : at + plan.page_bytes] for at in places])
         asked, sock = struct.pack("<I", code), self._sock

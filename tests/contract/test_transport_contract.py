@@ -160,6 +160,27 @@ def test_callbacks_are_called_once_before_and_after_the_end(house: House) -> Non
     assert heard == [completion, completion]
 
 
+def test_a_read_that_nobody_waits_for_is_done_for_its_callback(house: House) -> None:
+    blocks = house.save([1, 2])
+    for _ in range(20):
+        heard = threading.Event()
+        landing = Landing(2, [SLOT_BYTES])
+        transfer = house.reader.read(house.description, request_for(blocks, landing.targets))
+        transfer.then(lambda _, heard=heard: heard.set())  # type: ignore[misc]
+        assert heard.wait(10)
+        assert np.array_equal(landing.block(1), blocks[1].data)
+
+
+def test_a_cancelled_read_that_nobody_waits_for_ends(house: House) -> None:
+    blocks = house.save([1, 2])
+    transfer = house.reader.read(house.description, request_for(blocks, Landing(2, [SLOT_BYTES]).targets))
+    transfer.cancel()
+    completion = transfer.wait(10)
+    assert completion is not None
+    assert set(completion.statuses.tolist()) <= {OK, CANCELLED}
+    assert house.read(request_for(blocks, Landing(2, [SLOT_BYTES]).targets)).ok
+
+
 def test_a_writer_that_races_readers_never_gets_a_wrong_block_accepted(house: House) -> None:
     """Every version of a slot is one repeated number, so that a torn block shows. Thousands of reads, at least some of which
     the writer must have spoilt, or the race was none."""
