@@ -51,11 +51,15 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def report(figures: dict[str, tuple[float, str]], detail: dict[str, Any], path: Path | None) -> None:
-    """Print a line per figure (name -> value, unit) and write them, with all detail, where ``--json`` says."""
+    """Print a line per figure (name -> value, unit) and write them, with all detail, where ``--json`` says.
+
+    What else the machine had to do shows in the load average of the last 15 minutes.
+    """
     for name, (value, unit) in figures.items():
         print(f"{name} {value:.4g} {unit}", flush=True)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        detail = {**detail, "load_average_15_min": round(os.getloadavg()[2], 2)}
         written = {name: {"value": value, "unit": unit} for name, (value, unit) in figures.items()}
         path.write_text(json.dumps({"figures": written, "detail": detail}, indent=1) + "\n")
 

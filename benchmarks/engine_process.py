@@ -1,6 +1,7 @@
 """One vLLM engine as a child process of a benchmark: JSON lines in on stdin, JSON lines out on stdout.
 
-    {"do": "generate", "prompts": [[ids]], "tokens": 1} -> {"seconds": wall time of LLM.generate, "outputs": [[ids]]}
+    {"do": "generate", "prompts": [[ids]], "tokens": 1} -> {"seconds": wall time of LLM.generate, "outputs": [[ids]],
+                                                            "cached": tokens not computed, "step_s": median of its steps}
     {"do": "forget"}     its prefix cache is emptied    -> {"forgotten": true}
     {"do": "loaded"}     of an engine with ``count``    -> {"blocks": loaded by the connector so far}
 
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 TRANSFER = {"kv_connector": "KVShareConnector", "kv_role": "kv_both"}
@@ -59,14 +62,27 @@ def serve(llm: Any, counter: Counter, question: dict[str, Any]) -> dict[str, Any
 
     prompts = [{"prompt_token_ids": token_ids} for token_ids in question["prompts"]]
     sampling = SamplingParams(max_tokens=question["tokens"], temperature=0.0, ignore_eos=True, detokenize=False)
+    steps: list[float] = []
+    step = llm.llm_engine.step
+    llm.llm_engine.step = lambda: timed(step, steps)
     began = time.perf_counter()
     results = llm.generate(prompts, sampling, use_tqdm=False)
     seconds = time.perf_counter() - began
+    llm.llm_engine.step = step
     return {
         "seconds": seconds,
         "outputs": [list(result.outputs[0].token_ids) for result in results],
         "cached": [result.num_cached_tokens for result in results],
+        "step_s": statistics.median(steps),
     }
+
+
+def timed(step: Callable[[], Any], steps: list[float]) -> Any:
+    """One step of the engine, as its user's loop makes it; notes how long it took."""
+    began = time.perf_counter()
+    outputs = step()
+    steps.append(time.perf_counter() - began)
+    return outputs
 
 
 def _answer(answers: Any, answer: dict[str, Any]) -> None:
