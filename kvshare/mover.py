@@ -29,7 +29,7 @@ from kvshare.loading import LoadPlan, SourceRead
 from kvshare.messages import Abort, Commit, Done, RegionDescription, Reserve, Reserved
 from kvshare.session import Session
 from kvshare.slots import Region
-from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Targets, Transfer
+from kvshare.transport.base import I64, U64, BlockStatus, Completion, ReadRequest, Targets, Transfer
 from kvshare.transport.choose import Transports, host_id
 from kvshare.transport.shm import ShmTransport
 
@@ -259,30 +259,27 @@ class Mover:
         if not len(chosen):
             return 0
         slots, generations = slots[chosen], [answer.generations[i] for i in chosen.tolist()]
+        chosen_keys = [block_keys[i] for i in chosen.tolist()]
         if self._session.region is not region or not job.begin_copy():
             # Cancelled, or the node was replaced meanwhile: its slots are no longer ours to write.
             self._session.send(Abort(number, slots.tolist(), generations))
             return 0
         try:
-            checksums = self._copy(region, slots, sources.addresses[chosen], sources, [block_keys[i] for i in chosen.tolist()])
+            checksums = self._copy(region, slots, sources.addresses[chosen], sources.page_bytes, chosen_keys)
         finally:
             job.end_copy()
         done = self._session.call(lambda ask: Commit(ask, number, slots.tolist(), generations, checksums), NODE_SECONDS)
         return done.count if isinstance(done, Done) else 0
 
     @staticmethod
-    def _copy(region: Region, slots: np.ndarray, addresses: np.ndarray, sources: Targets, block_keys: list[bytes]) -> list[int]:
-        """Copy each block's pages into its slot; returns checksums, taken from the sources: whatever else writes to the
-        slot by mistake makes the block fail."""
-        ends = np.cumsum(sources.page_bytes)
-        offsets = ends - sources.page_bytes
+    def _copy(region: Region, slots: I64, addresses: U64, page_bytes: U64, block_keys: list[bytes]) -> list[int]:
+        """Copy each block's pages into its slot; returns checksums of what was read: whatever else writes to the slot by
+        mistake makes the block fail."""
+        offsets = np.cumsum(page_bytes) - page_bytes
         bases = np.uint64(region.data_address) + slots.astype(np.uint64) * np.uint64(region.slot_bytes)
-        targets = bases[:, None] + offsets[None, :]
-        checksums = []
-        for i, key in enumerate(block_keys):
-            pages = np.ascontiguousarray(addresses[i])
-            native.copy_ranges(targets[i], pages, sources.page_bytes)
-            checksums.append(native.checksum(pages, sources.page_bytes, keys.seed_of(key)))
+        lengths = np.broadcast_to(page_bytes, addresses.shape)
+        seeds = np.array(keys.seeds_of(block_keys), np.uint64)
+        checksums: list[int] = native.copy_blocks(bases[:, None] + offsets[None, :], addresses, lengths, seeds).tolist()
         return checksums
 
     # --- life ---------------------------------------------------------------------------------------------------------

@@ -206,8 +206,9 @@ class Warmer:
 
 
 def _checksums(addresses: np.ndarray, length: int, seeds: list[int]) -> list[int]:
-    lengths = np.array([length], np.uint64)
-    return [native.checksum(addresses[i : i + 1], lengths, seed) for i, seed in enumerate(seeds)]
+    lengths = np.full((len(seeds), 1), length, np.uint64)
+    digests: list[int] = native.checksums(addresses.reshape(-1, 1), lengths, np.array(seeds, np.uint64)).tolist()
+    return digests
 
 
 async def _completed(transfer: Transfer) -> Completion:
