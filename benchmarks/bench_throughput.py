@@ -1,8 +1,9 @@
 """What saving everything costs an engine at work: prefill and decode throughput with kvshare, over the same without.
 
-Two engines live at the same time, one at work, the other asleep; rounds alternate which of them begins. A prefill round is a
-batch of fresh prompts for one token each; a decode round a batch of short prompts for many tokens, long enough that blocks of
-output are completed and saved too. A round's ratio compares its two neighbours in time; the figure is the median ratio.
+One engine, whose connector is taken out and put back between rounds (`toggle` says why); rounds alternate which comes first. A
+prefill round is a batch of fresh prompts for one token each; a decode round a batch of short prompts for many tokens, long
+enough that blocks of output are completed and saved too. A ratio compares the two halves of a round, neighbours in time; the
+figure is the median ratio. For comparison the detail has a few rounds of another engine that never had a connector.
 """
 
 from __future__ import annotations
@@ -14,59 +15,77 @@ from common import BLOCK_TOKENS, Engine, Fleet, arguments, progress, prompt, rep
 
 PREFILL_PROMPTS, PREFILL_TOKENS = 2, 2000
 DECODE_PROMPTS, DECODE_PROMPT_TOKENS, DECODE_TOKENS = 4, 32, 240  # two blocks of 128 tokens each
-PAUSE_SECONDS = 0.5  # saves of a round's last step end in it, so that they do not burden the other engine's round
+PAUSE_SECONDS = 0.5  # saves of a half's last step end in it, so that they do not burden the other half
+PREFILL_BLOCKS = PREFILL_PROMPTS * (PREFILL_TOKENS // BLOCK_TOKENS)
+DECODE_BLOCKS = DECODE_PROMPTS * ((DECODE_PROMPT_TOKENS + DECODE_TOKENS - 1) // BLOCK_TOKENS)
+APART_ROUNDS = 5
 
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    rounds = {"prefill": 3, "decode": 3} if options.quick else {"prefill": 15, "decode": 25}
+    rounds = {"prefill": 3, "decode": 3} if options.quick else {"prefill": 15, "decode": 20}
+    detail: dict[str, Any] = {"rounds": rounds}
     with Fleet() as fleet:
         fleet.start_directory()
         settings = fleet.settings("node", warm_bytes=0, arena_bytes=2 << 30)
         fleet.start_node(settings)
-        engines = {"kvshare": fleet.start_engine("engine-kvshare", settings), "alone": fleet.start_engine("engine-alone", None)}
-        for i, engine in enumerate(engines.values()):
-            engine.generate([prompt(10 + i, PREFILL_TOKENS)])
-            engine.generate([prompt(20 + i, DECODE_PROMPT_TOKENS)], 16)
-        before = saved_blocks(settings)
-        prefill = measure(engines, "prefill", rounds["prefill"])
-        prefill["blocks_expected"] = rounds["prefill"] * PREFILL_PROMPTS * (PREFILL_TOKENS // BLOCK_TOKENS)
-        prefill["blocks_saved"] = wait_saved(settings, before + prefill["blocks_expected"]) - before
-        before = saved_blocks(settings)
-        decode = measure(engines, "decode", rounds["decode"])
-        decode["blocks_expected"] = (
-            rounds["decode"] * DECODE_PROMPTS * ((DECODE_PROMPT_TOKENS + DECODE_TOKENS - 1) // BLOCK_TOKENS)
-        )
-        decode["blocks_saved"] = wait_saved(settings, before + decode["blocks_expected"]) - before
-    figures = {
-        "prefill_ratio": (prefill["ratio"]["median"], "ratio"),
-        "decode_ratio": (decode["ratio"]["median"], "ratio"),
-    }
-    report(figures, {"rounds": rounds, "prefill": prefill, "decode": decode}, options.json)
+        engine = fleet.start_engine("engine-kvshare", settings, toggled=True)
+        warm_up(engine)
+        for kind, expected in (("prefill", PREFILL_BLOCKS), ("decode", DECODE_BLOCKS)):
+            before = saved_blocks(settings)
+            detail[kind] = measure(engine, kind, rounds[kind])
+            detail[kind]["blocks_expected"] = rounds[kind] * expected
+            detail[kind]["blocks_saved"] = wait_saved(settings, before + rounds[kind] * expected) - before
+        fleet.stop(engine)
+        if not options.quick:
+            engine = fleet.start_engine("engine-alone", None)
+            warm_up(engine)
+            for kind in ("prefill", "decode"):
+                apart = [half(engine, kind, batch(kind, 1000 + turn))["rate"] for turn in range(APART_ROUNDS)]
+                detail[kind]["tokens_per_s"]["engine that never had a connector"] = summary(apart)
+    figures = {f"{kind}_ratio": (detail[kind]["ratio"]["median"], "ratio") for kind in ("prefill", "decode")}
+    report(figures, detail, options.json)
 
 
-def measure(engines: dict[str, Engine], kind: str, rounds: int) -> dict[str, Any]:
-    """Tokens per second of both engines in every round, and the ratio of each round."""
-    rates: dict[str, list[float]] = {name: [] for name in engines}
-    steps: dict[str, list[float]] = {name: [] for name in engines}
+def warm_up(engine: Engine) -> None:
+    engine.generate([prompt(10, PREFILL_TOKENS)])
+    engine.generate([prompt(20, DECODE_PROMPT_TOKENS)], 16)
+
+
+def measure(engine: Engine, kind: str, rounds: int) -> dict[str, Any]:
+    """Both halves of each round; the engine has its connector before and after."""
+    halves: dict[str, list[dict[str, float]]] = {"with": [], "without": []}
+    attached = True
     for turn in range(rounds):
-        # Fresh prompts in every round, the same for both.
-        prompts = batch(kind, turn)
-        tokens = sum(map(len, prompts)) if kind == "prefill" else len(prompts) * DECODE_TOKENS
-        order = list(engines) if turn % 2 else list(reversed(engines))
-        for name in order:
-            time.sleep(PAUSE_SECONDS)
-            answer = engines[name].generate(prompts, 1 if kind == "prefill" else DECODE_TOKENS)
-            rates[name].append(tokens / answer["seconds"])
-            steps[name].append(answer["step_s"])
-        progress(f"{kind} round {turn}: " + ", ".join(f"{name} {values[-1]:.1f} tokens/s" for name, values in rates.items()))
-    ratios = [ours / theirs for ours, theirs in zip(rates["kvshare"], rates["alone"], strict=True)]
+        prompts = batch(kind, turn)  # fresh in every round, the same for both halves
+        for side in ("with", "without") if turn % 2 else ("without", "with"):
+            if attached != (side == "with"):
+                engine.ask(do="toggle")
+                attached = not attached
+            else:
+                engine.ask(do="forget")
+            halves[side].append(half(engine, kind, prompts))
+        progress(
+            f"{kind} round {turn}: " + ", ".join(f"{side} {done[-1]['rate']:.1f} tokens/s" for side, done in halves.items())
+        )
+    if not attached:
+        engine.ask(do="toggle")
     return {
-        "ratio": summary(ratios),
-        "tokens_per_s": {name: summary(values) for name, values in rates.items()},
+        "ratio": summary(
+            [ours["rate"] / theirs["rate"] for ours, theirs in zip(halves["with"], halves["without"], strict=True)]
+        ),
+        "tokens_per_s": {side: summary([one["rate"] for one in done]) for side, done in halves.items()},
         # Steadier than the rates on a machine with other work, but blind to steps that only saving makes slow.
-        "median_step_s": {name: summary(values) for name, values in steps.items()},
+        "median_step_s": {side: summary([one["step_s"] for one in done]) for side, done in halves.items()},
     }
+
+
+def half(engine: Engine, kind: str, prompts: list[list[int]]) -> dict[str, float]:
+    """One batch: tokens per second, and the median step."""
+    time.sleep(PAUSE_SECONDS)
+    answer = engine.generate(prompts, 1 if kind == "prefill" else DECODE_TOKENS)
+    tokens = sum(map(len, prompts)) if kind == "prefill" else len(prompts) * DECODE_TOKENS
+    return {"rate": tokens / answer["seconds"], "step_s": answer["step_s"]}
 
 
 def batch(kind: str, turn: int) -> list[list[int]]:

@@ -230,18 +230,27 @@ class Fleet:
         return child
 
     def start_engine(
-        self, name: str, settings: Settings | None, *, count: bool = False, model: dict[str, Any] | None = None
+        self,
+        name: str,
+        settings: Settings | None,
+        *,
+        count: bool = False,
+        toggled: bool = False,
+        model: dict[str, Any] | None = None,
     ) -> Engine:
-        """An engine attached by ``settings``, or one without kvshare. ``count``: it counts the blocks it loads (vLLM's own
-        statistics are on then); ``model``: arguments of `tiny_model`. It works when this returns."""
+        """An engine attached by ``settings``, or one without kvshare; it works when this returns. ``count``: it counts the
+        blocks it loads (vLLM's own statistics are on then); ``toggled``: its connector can be taken out (`toggle`);
+        ``model``: arguments of `tiny_model`."""
         asked = {
             "folder": str(self.folder / "model"),
             "kvshare": settings is not None,
             "count": count,
+            "toggled": toggled,
             "model": model or {},
         }
         command = [sys.executable, str(HERE / "engine_process.py"), json.dumps(asked)]
         environment = _environment(settings)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), environment.get("PYTHONPATH")]))
         engine = Engine(name, command, environment, self.folder / f"{name}.log", talks=True)
         self._children.append(engine)
         progress(f"{name}: starting")

@@ -3,6 +3,7 @@
     {"do": "generate", "prompts": [[ids]], "tokens": 1} -> {"seconds": wall time of LLM.generate, "outputs": [[ids]],
                                                             "cached": tokens not computed, "step_s": median of its steps}
     {"do": "forget"}     its prefix cache is emptied    -> {"forgotten": true}
+    {"do": "toggle"}     of an engine with ``toggled``  -> {"toggled": true}; see `toggle`
     {"do": "loaded"}     of an engine with ``count``    -> {"blocks": loaded by the connector so far}
 
 It ends when its input does. vLLM's own output, and that of its processes, goes to stderr (the benchmark's log file).
@@ -28,11 +29,13 @@ def main() -> None:
     from kvshare.integrations.testing import engine_arguments, engine_environment, tiny_model
 
     os.environ.update(engine_environment())
+    import toggle
     from vllm import LLM
 
     model = tiny_model(asked["folder"], **asked["model"])
     transfer = {"kv_transfer_config": TRANSFER} if asked["kvshare"] else {}
-    llm = LLM(**engine_arguments(model, disable_log_stats=not asked["count"]), **transfer)
+    more = toggle.ARGUMENTS if asked["toggled"] else {}
+    llm = LLM(**engine_arguments(model, disable_log_stats=not asked["count"]), **transfer, **more)
     counter = Counter()
     if asked["count"]:
         llm.llm_engine.logger_manager.stat_loggers.append(counter)
@@ -56,6 +59,11 @@ class Counter:
 def serve(llm: Any, counter: Counter, question: dict[str, Any]) -> dict[str, Any]:
     if question["do"] == "loaded":
         return {"blocks": counter.blocks}
+    if question["do"] == "toggle":
+        import toggle
+
+        toggle.toggle(llm)
+        return {"toggled": True}
     if question["do"] == "forget":
         return {"forgotten": llm.reset_prefix_cache()}
     from vllm import SamplingParams
