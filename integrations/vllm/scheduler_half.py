@@ -177,7 +177,8 @@ class SchedulerHalf:
             meta.overwritten += load.block_ids
         meta.overwritten += self._handed_out(output)
         if self._may_save:
-            meta.saves += self._due(frozenset(meta.overwritten))
+            if self._postponed:
+                meta.saves += self._due(frozenset(meta.overwritten))
             for request_id, tokens in output.num_scheduled_tokens.items():
                 tracked = self._requests.get(request_id)
                 if tracked is not None:
@@ -214,6 +215,8 @@ class SchedulerHalf:
         if tracked.next_save is None:
             tracked.next_save = request.num_computed_tokens // self._block_size
         start = tracked.next_save
+        if (request.num_computed_tokens + tokens) // self._block_size <= start:
+            return []
         # Tokens that speculation only guessed have no hash: what is hashed and computed is final.
         end = min((request.num_computed_tokens + tokens) // self._block_size, len(request.block_hashes))
         if not tracked.shared or tracked.prefix is None or end <= start:

@@ -43,7 +43,7 @@ class WorkerHalf:
         self._arrivals: list[tuple[Load, Completion]] = []
         self._arrival = threading.Condition()
         self._failed: set[int] = set()
-        self._stats = TransferStats.of(None)
+        self._stats: TransferStats | None = None  # none while nothing has happened
 
     def prepare(self, step: StepMetadata) -> None:
         """Before anything of this step writes to the KV cache. May be called several times for a step."""
@@ -62,8 +62,10 @@ class WorkerHalf:
 
     def finished(self, step: StepMetadata) -> set[str]:
         """Requests whose loads have ended, well or not, each named once."""
+        if not self._loads:  # of nearly all steps: every microsecond here is one of a decoded token
+            return set()
         with self._arrival:
-            if not self._arrivals and self._loads and not step.forward:
+            if not self._arrivals and not step.forward:
                 self._arrival.wait(ARRIVAL_SECONDS)
             arrivals, self._arrivals = self._arrivals, []
         for load, completion in arrivals:
@@ -78,9 +80,7 @@ class WorkerHalf:
 
     def stats(self) -> TransferStats | None:
         """What happened since the last call, or None."""
-        if self._stats.is_empty():
-            return None
-        stats, self._stats = self._stats, TransferStats.of(None)
+        stats, self._stats = self._stats, None
         return stats
 
     def close(self) -> None:
@@ -100,18 +100,25 @@ class WorkerHalf:
         statuses = completion.statuses
         bad = np.arange(len(statuses)) if worthless else np.flatnonzero(statuses != BlockStatus.OK)
         self._failed.update(load.block_ids[i] for i in bad.tolist())
-        self._stats.add("blocks_loaded", len(statuses) - len(bad))
-        self._stats.add("bytes_loaded", 0 if worthless else completion.bytes)
-        self._stats.add("blocks_failed", len(bad))
+        self._count("blocks_loaded", len(statuses) - len(bad))
+        self._count("bytes_loaded", 0 if worthless else completion.bytes)
+        self._count("blocks_failed", len(bad))
         if len(bad):
             reason = "weights have changed" if worthless else completion.error
             log.info("kvshare: %d of %d blocks of a request are recomputed: %s", len(bad), len(statuses), reason)
 
+    def _count(self, name: str, value: int) -> None:
+        if value:
+            self._stats = self._stats or TransferStats.of(None)
+            self._stats.add(name, value)
+
     def _forget_done(self) -> None:
+        if not self._saves:
+            return
         pending = []
         for saving, blocks in self._saves:
             if saving.done:
-                self._stats.add("blocks_saved", saving.saved)
+                self._count("blocks_saved", saving.saved)
             else:
                 pending.append((saving, blocks))
         self._saves = pending
