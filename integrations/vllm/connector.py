@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvshare")
 
+NOTHING_ENDED = KVConnectorTransferResults()  # the answer of nearly every step; vLLM only reads it
+
 
 class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """See the module's docstring."""
@@ -108,9 +110,8 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.start_saves(self._step())
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        if self._worker is None:
-            return KVConnectorTransferResults()
-        return KVConnectorTransferResults(finished_recving=self._worker.finished(self._step()))
+        ended = self._worker.finished(self._step()) if self._worker is not None else None
+        return KVConnectorTransferResults(finished_recving=ended) if ended else NOTHING_ENDED
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.failed_blocks() if self._worker is not None else set()
