@@ -55,6 +55,12 @@ class Counter:
         if scheduler_stats is not None and scheduler_stats.kv_connector_stats:
             self.blocks += scheduler_stats.kv_connector_stats["blocks_loaded"]
 
+    def log(self) -> None:
+        """vLLM calls this every ten seconds of work; there is nothing to say."""
+
+    def record_sleep_state(self, *_: Any, **__: Any) -> None:
+        """Engines of benchmarks do not sleep."""
+
 
 def serve(llm: Any, counter: Counter, question: dict[str, Any]) -> dict[str, Any]:
     if question["do"] == "loaded":
