@@ -251,6 +251,8 @@ class Fleet:
         command = [sys.executable, str(HERE / "engine_process.py"), json.dumps(asked)]
         environment = _environment(settings)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), environment.get("PYTHONPATH")]))
+        # vLLM leaves its sockets and temporary files behind: they go with our folder.
+        environment["VLLM_RPC_BASE_PATH"] = environment["TMPDIR"] = str(self.folder)
         engine = Engine(name, command, environment, self.folder / f"{name}.log", talks=True)
         self._children.append(engine)
         progress(f"{name}: starting")
