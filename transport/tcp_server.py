@@ -3,8 +3,8 @@
     accept ──> handshake ──> (request ──> verdict, portions, trailers)*
 
 Reads take no lock and pin nothing: each portion is sent, then its generations are read, and the reader judges. An answer is one
-call into C, without the GIL. What a
-stranger sends ends its connection and is counted; nothing that it says makes us allocate more than a request.
+call into C, without the GIL. What a stranger sends ends its connection and is counted; nothing that it says makes us allocate
+more than a request.
 
 Bounds: connections (the one that is idle longest makes room for a new one), the time of a handshake, the bytes of a request and
 the time for it to arrive, the time without progress of an answer.
