@@ -170,11 +170,18 @@ class Mover:
 
         if not plan.reads:
             job.complete(Completion(job.statuses, 0, 0.0, "no source"))
-        for read in plan.reads:
-            part = Targets(targets.addresses[read.positions], targets.page_bytes)
-            request = ReadRequest(
-                read.slots, read.generations, seeds[read.positions], part, self._session.settings.transfer_seconds
+        # All requests before the first read: what can go wrong must do so while nothing writes to the targets yet.
+        requests = [
+            ReadRequest(
+                read.slots,
+                read.generations,
+                seeds[read.positions],
+                Targets(targets.addresses[read.positions], targets.page_bytes),
+                self._session.settings.transfer_seconds,
             )
+            for read in plan.reads
+        ]
+        for read, request in zip(plan.reads, requests, strict=True):
             transfer = self._read(read.description, request)
             job.parts.append(transfer)
             if job.cancelled:
