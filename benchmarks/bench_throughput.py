@@ -16,7 +16,7 @@ from common import BLOCK_TOKENS, Engine, Fleet, arguments, progress, prompt, rep
 # A prompt fills a step (4,096 tokens): whether the first two share one must not depend on the lookup's milliseconds.
 PREFILL_PROMPTS, PREFILL_TOKENS = 2, 4000
 DECODE_PROMPTS, DECODE_PROMPT_TOKENS, DECODE_TOKENS = 4, 32, 240  # two blocks of 128 tokens each
-PAUSE_SECONDS = 0.5  # saves of a half's last step end in it, so that they do not burden the other half
+PAUSE_SECONDS = 0.3  # saves of a half's last step end in it, so that they do not burden the other half
 PREFILL_BLOCKS = PREFILL_PROMPTS * (PREFILL_TOKENS // BLOCK_TOKENS)
 DECODE_BLOCKS = DECODE_PROMPTS * ((DECODE_PROMPT_TOKENS + DECODE_TOKENS - 1) // BLOCK_TOKENS)
 APART_ROUNDS = 5
@@ -24,7 +24,7 @@ APART_ROUNDS = 5
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    rounds = {"prefill": 3, "decode": 3} if options.quick else {"prefill": 12, "decode": 30}
+    rounds = {"prefill": 3, "decode": 3} if options.quick else {"prefill": 12, "decode": 100}
     detail: dict[str, Any] = {"rounds": rounds}
     with Fleet() as fleet:
         fleet.start_directory()
