@@ -74,10 +74,13 @@ def test_hashes_from_a_random_seed_are_told_with_the_remedy_and_the_engine_runs(
     assert node.counter("stored") == before
 
 
-def test_a_wrong_setting_ends_the_start_with_one_sentence(node: House, process: EngineChild, tmp_path: Path) -> None:
+def test_a_wrong_setting_ends_the_start_with_one_sentence_before_any_process_of_the_engine(
+    node: House, process: EngineChild, tmp_path: Path
+) -> None:
     arguments = engine_arguments(tiny_model(tmp_path, layers=2, hidden=256, heads=4, kv_heads=2))
     with pytest.raises(ChildFailed, match=r"ConfigError: unknown setting 'arena_byte' .*did you mean 'arena_bytes'"):
         process.start(arguments, {"arena_byte": "1GiB"})
+    assert process.said("EngineCore pid") == []
 
 
 def test_changed_weights_under_the_same_path_never_hit(node: House, process: EngineChild, tmp_path: Path) -> None:
