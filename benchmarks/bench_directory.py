@@ -21,18 +21,8 @@ from kvshare import keys
 from kvshare.config import Settings
 from kvshare.directory import Connected, Directory, Heard, Send
 from kvshare.index import MemoryIndex
-from kvshare.messages import (
-    PROTOCOL_VERSION,
-    AskPlan,
-    Find,
-    Join,
-    Message,
-    NodeDescription,
-    Publish,
-    Report,
-    Stored,
-    ToDirectory,
-)
+from kvshare.messages import PROTOCOL_VERSION, AskPlan, Find, Join, Message, Publish, Report, ToDirectory
+from kvshare.places import NodeDescription, Stored
 
 NODES = 32
 BATCH_BLOCKS = 4096  # of a publish, as a node sends them

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from common import progress, report
 
 from kvshare import native
-from kvshare.messages import RegionDescription
+from kvshare.places import RegionDescription
 from kvshare.slots import Arena
 from kvshare.transport.base import ReadRequest, Targets, Transport
 from kvshare.transport.choose import host_id

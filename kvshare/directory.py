@@ -37,9 +37,7 @@ from kvshare.messages import (
     Find,
     Found,
     Join,
-    Location,
     Message,
-    NodeDescription,
     NodeJoined,
     NodeLost,
     Plan,
@@ -48,6 +46,7 @@ from kvshare.messages import (
     Resync,
     Welcome,
 )
+from kvshare.places import Location, NodeDescription
 from kvshare.plan import plan_warm
 
 HEARTBEATS_MISSED_MAX = 3
@@ -169,9 +168,8 @@ class Directory:
 
     def status(self, ask: int = 0) -> DirectoryStatus:
         """Who is here and how much is known."""
-        nodes = [self._description(name) for name in self._nodes]
         counters = {**self._counters, "locations": self._index.locations(), "hot_keys": len(self._hotness)}
-        return DirectoryStatus(ask, self._epoch, nodes, len(self._index), counters)
+        return DirectoryStatus(ask, self._epoch, list(map(self._description, self._nodes)), len(self._index), counters)
 
     def check(self) -> list[str]:
         """Problems found, one sentence each; empty when all is well."""
@@ -226,8 +224,7 @@ class Directory:
                 raise _Misbehaved(f"sent {type(message).__name__} before it joined")
             return self._heard_from_node(peer, peer.description, message, now)
         except _Misbehaved as error:
-            who = f"connection {connection}" if peer.description is None else f"node {peer.description.node}"
-            return self._part(peer, f"{who} {error}")
+            return self._part(peer, f"{_name(peer)} {error}")
 
     def _heard_from_node(self, peer: _Peer, node: NodeDescription, message: Message, now: float) -> list[Command]:
         match message:
@@ -256,8 +253,7 @@ class Directory:
         # deadline would tick again and again.
         while (deadline := self.next_deadline()) is not None and deadline <= now:
             peer = next(iter(self._peers.values()))
-            name = "a connection" if peer.description is None else f"node {peer.description.node}"
-            commands += self._part(peer, f"{name} was not heard of for {self._patience_seconds} s")
+            commands += self._part(peer, f"{_name(peer)} was not heard of for {self._patience_seconds} s")
         return commands
 
     # --- who is here --------------------------------------------------------------------------------------------------
@@ -342,10 +338,10 @@ class Directory:
         self._index.remove(node.node, publish.removed)
         refused = self._index.add(node.node, publish.stored)
         self._counters["refused"] += refused
-        if refused == 0 or self._counters["refused"] > refused:
+        if not refused or self._counters["refused"] > refused:
             return []
-        limit = self._settings.index_keys_max
-        return [Tell(f"the directory is full (setting 'index_keys_max' is {limit}): more blocks are not shared; raise it")]
+        full = f"the directory is full (setting 'index_keys_max' is {self._settings.index_keys_max})"
+        return [Tell(f"{full}: more blocks are not shared; raise it")]
 
     def _ask_all(self, peer: _Peer) -> list[Command]:
         """Once for each gap; again with a heartbeat if it was in vain."""
@@ -358,9 +354,8 @@ class Directory:
         found = self._index.locate(wanted[:FIND_KEYS_MAX], node.node, FOUND_LOCATIONS_MAX)
         for places in found:
             if len(places) > 1:
-                places.sort(
-                    key=lambda where: self._description(where.node).host_id != node.host_id
-                )  # stable: freshest first in each
+                # Stable: freshest first in each.
+                places.sort(key=lambda where: self._description(where.node).host_id != node.host_id)
         return found + [[] for _ in wanted[FIND_KEYS_MAX:]]
 
     def _plan(self, node: NodeDescription, ask: AskPlan, now: float) -> Plan:
@@ -369,8 +364,8 @@ class Directory:
         plan = plan_warm(
             self._hotness.hottest(ask.family, PLAN_BLOCKS_MAX),
             lambda key: key in held,
-            lambda key: self._index.locate([key], node.node, DONORS_MAX)[0],
-            lambda name: self._reaches(node, name),
+            lambda key: self._donors(key, node),
+            lambda name: self._description(name).may_be_read_from(node.host_id),
             ask.bytes_max,
             ask.seconds_max,
             {name: until - now for name, until in self._busy_until.items() if until > now},
@@ -379,9 +374,10 @@ class Directory:
             self._busy_until[name] = max(now, self._busy_until.get(name, now)) + seconds
         return Plan(ask.ask, plan.items, plan.present)
 
-    def _reaches(self, node: NodeDescription, name: str) -> bool:
-        other = self._description(name)
-        return other.host_id == node.host_id or bool(other.endpoint)
+    def _donors(self, key: bytes, node: NodeDescription) -> list[Location]:
+        """Arenas, where blocks stay longer and reading disturbs no engine; engines where nobody else has the block."""
+        found = self._index.locate([key], node.node, DONORS_MAX)[0]
+        return [where for where in found if not self._description(where.node).is_engine] or found
 
     def _declare(self, namespace: Namespace) -> list[Namespace]:
         """Remember a namespace; the nearest others, most alike first."""
@@ -392,6 +388,10 @@ class Directory:
         if len(self._namespaces) > NAMESPACES_MAX:
             self._namespaces.popitem(last=False)
         return sorted(others, key=lambda other: len(namespace.differing(other)))[:NAMESPACES_TOLD_MAX]
+
+
+def _name(peer: _Peer) -> str:
+    return f"connection {peer.connection}" if peer.description is None else f"node {peer.description.node}"
 
 
 def _require_keys(keys: Iterable[bytes]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Set
 from typing import Protocol
 
-from kvshare.messages import Location, Stored
+from kvshare.places import Location, Stored
 
 LOCATIONS_PER_KEY = 2  # on average: memory follows locations, so these are limited too
 

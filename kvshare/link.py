@@ -27,16 +27,15 @@ from kvshare.messages import (
     FromDirectory,
     Join,
     Message,
-    NodeDescription,
     NodeJoined,
     NodeLost,
     Plan,
     Publish,
     Report,
     Resync,
-    Stored,
     Welcome,
 )
+from kvshare.places import NodeDescription, Stored
 
 log = logging.getLogger("kvshare")
 

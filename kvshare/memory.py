@@ -20,7 +20,7 @@ from pathlib import Path
 
 from kvshare.config import Settings
 from kvshare.errors import RegionError
-from kvshare.messages import NodeDescription, RegionDescription, Stored
+from kvshare.places import NodeDescription, RegionDescription, Stored
 from kvshare.slots import Arena
 from kvshare.store import Store
 from kvshare.transport.choose import Transports

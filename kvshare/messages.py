@@ -18,63 +18,13 @@ from typing import Union
 import msgspec
 
 from kvshare.keys import Namespace
+from kvshare.places import Location, NodeDescription, ProcessMemory, RegionDescription, Stored, WarmItem
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Message(msgspec.Struct, tag=True, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Base of all messages."""
-
-
-class Location(msgspec.Struct, frozen=True, array_like=True):
-    """Where a block was when we last heard: a slot of a region of a node, and its generation."""
-
-    node: str
-    region: int
-    slot: int
-    generation: int
-    length: int  # bytes
-
-
-class Stored(msgspec.Struct, frozen=True, array_like=True):
-    """A block that its node holds: `Location` without the node, which the message around it names."""
-
-    key: bytes
-    region: int
-    slot: int
-    generation: int
-    length: int
-
-
-class RegionDescription(msgspec.Struct, frozen=True, array_like=True):
-    """What a peer must know to read a region. ``data_path`` and ``table_path`` serve readers on the same host
-    (equal ``host_id``); ``endpoint`` ("host:port") serves the others and is empty when the owner listens on nothing."""
-
-    node: str
-    region: int  # equals slot_bytes: a node has one region per slot size
-    slot_bytes: int
-    slots: int
-    host_id: str
-    data_path: str
-    table_path: str
-    endpoint: str
-
-
-class NodeDescription(msgspec.Struct, frozen=True, array_like=True):
-    """A node as the cluster knows it. ``epoch`` changes at every start."""
-
-    node: str
-    epoch: int
-    host_id: str
-    endpoint: str  # of its data server; empty: cannot be reached from other hosts
-    regions: tuple[RegionDescription, ...]
-
-
-class WarmItem(msgspec.Struct, frozen=True, array_like=True):
-    """One block of a warm plan: read ``location``, keep it under ``key``."""
-
-    key: bytes
-    location: Location
 
 
 # --- session -> node ------------------------------------------------------------------------------------------------
@@ -164,7 +114,25 @@ class Stop(Message, frozen=True):
     ask: int
 
 
-ToNode = Union[Attach, Locate, Reserve, Commit, Abort, Quarantine, Looked, AskWarm, AskStatus, Stop]
+class Expose(Message, frozen=True):
+    """An engine's scheduler offers its KV cache as a device region, as long as this session lives: ``region`` is a number that
+    is never used again, ``memory`` where its worker has the blocks. Not answered."""
+
+    region: int
+    table_path: str
+    slots: int
+    slot_bytes: int
+    memory: ProcessMemory
+
+
+class Shown(Message, frozen=True):
+    """What the exposed region holds now and no longer holds, since the last one. Removals come first. Not answered."""
+
+    stored: list[Stored]
+    gone: list[bytes]
+
+
+ToNode = Union[Attach, Locate, Reserve, Commit, Abort, Quarantine, Looked, AskWarm, AskStatus, Stop, Expose, Shown]
 
 
 # --- node -> session ------------------------------------------------------------------------------------------------

@@ -22,10 +22,12 @@ from typing import IO
 from kvshare import keys
 from kvshare.config import Settings
 from kvshare.errors import ConfigError, KVShareError
+from kvshare.exposed import Exposed
 from kvshare.link import DirectoryLink
 from kvshare.memory import Memory
-from kvshare.messages import NodeDescription, NodeStatus, PeerLost, Stored
+from kvshare.messages import Expose, NodeStatus, PeerLost
 from kvshare.node_session import NodeSession
+from kvshare.places import Location, NodeDescription, RegionDescription, Stored
 from kvshare.region import generation_now
 from kvshare.transport.choose import Transports, host_id
 from kvshare.warm import Warmer
@@ -47,8 +49,8 @@ class Node:
         self, settings: Settings, resolve_directory: Callable[[], str] | None = None, *, idle_exit: bool = False
     ) -> None:
         self.settings = settings
-        self._resolve = resolve_directory or (lambda: settings.directory)
-        self._clustered = resolve_directory is not None or bool(settings.directory)
+        self.resolve = resolve_directory or (lambda: settings.directory)
+        self.clustered = resolve_directory is not None or bool(settings.directory)
         self._idle_exit = idle_exit and settings.idle_exit_seconds > 0
         self._idle_timer: asyncio.TimerHandle | None = None
         self.host = host_id()
@@ -61,6 +63,7 @@ class Node:
         self._thread = threading.Thread(target=self._run, name="kvshare-node", daemon=True)
         self._lock_file: IO[str] | None = None
         self.sessions: dict[int, NodeSession] = {}
+        self.exposed: dict[int, Exposed] = {}  # by the number of the session that exposed it
         self._session_numbers = 0
         self.namespaces: dict[bytes, keys.Namespace] = {}
         self.counters = {"sessions": 0, "refused": 0}
@@ -124,6 +127,7 @@ class Node:
         for store in self.memory.stores.values():
             for name, count in store.counters.items():
                 counters[name] = counters.get(name, 0) + count
+        counters["exposed_blocks"] = sum(len(exposed) for exposed in self.exposed.values())
         counters.update({f"directory_{name}": count for name, count in self.link.counters.items()})
         return NodeStatus(ask, self.describe(), self.link.endpoint, len(self.sessions), counters)
 
@@ -157,13 +161,13 @@ class Node:
         settings = self.settings
         self._stopping = asyncio.Event()
         self._take_lock()
-        self.transports = Transports(settings, self.host, serve=self._clustered)
+        self.transports = Transports(settings, self.host, serve=self.clustered)
         self.memory = Memory(settings, self.transports, self.host, self._changed, self._described_anew)
         self._epoch = generation_now()  # grows with every start, whatever the arenas do
         self.link = DirectoryLink(
-            settings, self._resolve, self.describe, self.memory.inventory, self._peer_joined, self._peer_lost
+            settings, self.resolve, self.describe, self.memory.inventory, self._peer_joined, self._peer_lost
         )
-        warm_bytes = settings.warm_bytes if self._clustered else 0  # alone, there is nobody to pull from
+        warm_bytes = settings.warm_bytes if self.clustered else 0  # alone, there is nobody to pull from
         self.warmer = Warmer(self.memory, self.link, self.transports, warm_bytes, settings.warm_seconds)
         linking: asyncio.Task[None] | None = None
         server: asyncio.Server | None = None
@@ -173,7 +177,7 @@ class Node:
             path.unlink(missing_ok=True)
             server = await asyncio.start_unix_server(self._accepted, str(path))
             path.chmod(0o600)
-            if self._clustered:
+            if self.clustered:
                 linking = self._loop.create_task(self.link.run())
             self._watch_idle()
             self._ready.set()
@@ -222,8 +226,36 @@ class Node:
         finally:
             del self.sessions[session.number]
             self.memory.release(session.number)
+            exposed = self.exposed.pop(session.number, None)
+            if exposed is not None:
+                await exposed.close()
             writer.close()
             self._watch_idle()
+
+    async def expose(self, session: NodeSession, offer: Expose) -> None:
+        """An engine offers its KV cache, in place of what it offered before."""
+        former = self.exposed.pop(session.number, None)
+        if former is not None:
+            await former.close()
+        exposed = self.exposed[session.number] = Exposed(self, session.engine, offer)
+        exposed.start()
+
+    def exposed_block(self, key: bytes, asking: int) -> Location | None:
+        """Where an engine of this host, other than that of session ``asking``, has a block in its KV cache."""
+        for number, exposed in self.exposed.items():
+            location = exposed.lookup(key) if number != asking else None
+            if location is not None and self.transports.reaches(exposed.region):
+                return location
+        return None
+
+    def region_of(self, location: Location) -> RegionDescription | None:
+        """What we know of the region that a location names."""
+        if location.node == self.name:
+            return self.memory.arenas[location.region].describe(self.name, self.host, self.transports.endpoint())
+        for exposed in self.exposed.values():
+            if exposed.name == location.node:
+                return exposed.region
+        return self.memory.peer(location.node, location.region)
 
     def _watch_idle(self) -> None:
         if self._idle_exit and not self.sessions and self._idle_timer is None:
@@ -259,6 +291,8 @@ class Node:
             server.close()
         for session in list(self.sessions.values()):
             session.close()
+        for exposed in list(self.exposed.values()):
+            await exposed.close()
         await asyncio.sleep(0)
         await asyncio.to_thread(self.transports.close)
         self.memory.close(self._unlink)

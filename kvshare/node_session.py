@@ -23,23 +23,23 @@ from kvshare.messages import (
     Declared,
     Done,
     Dropped,
+    Expose,
     Find,
     Found,
     Indexed,
     Locate,
     Located,
-    Location,
     Looked,
     Message,
     Quarantine,
     Refused,
-    RegionDescription,
     Reserve,
     Reserved,
+    Shown,
     Stop,
-    Stored,
     ToNode,
 )
+from kvshare.places import Location, RegionDescription, Stored
 
 if TYPE_CHECKING:
     from kvshare.node import Node
@@ -137,6 +137,11 @@ class NodeSession:
                 self._looked(chain, hits)
             case Attach():
                 await self._attach(message)
+            case Expose():
+                await self._node.expose(self, message)
+            case Shown():
+                if self.number in self._node.exposed:
+                    self._node.exposed[self.number].show(message)
             case AskWarm(ask=ask, family=family, wait_seconds=seconds):
                 self._later(self._warm(ask, family, min(seconds, WAIT_SECONDS_MAX)))
             case AskStatus(ask=ask):
@@ -193,7 +198,9 @@ class NodeSession:
                     found[i] = Location(self._node.name, block.region, block.slot, block.generation, block.length)
                     break
             else:
-                missing.append(i)
+                found[i] = self._node.exposed_block(key, self.number)
+                if found[i] is None:
+                    missing.append(i)
         if missing and self._node.link.connected:
             self._later(self._locate_far(message, found, missing))
         else:
@@ -211,23 +218,18 @@ class NodeSession:
         self._answer(message.ask, found)
 
     def _reachable(self, location: Location) -> bool:
-        peer = self._node.memory.peer(location.node, location.region)
-        return peer is not None and self._node.transports.reaches(peer)
+        peer = self._node.region_of(location)
+        own = self._node.exposed.get(self.number)  # what its engine has, its engine finds itself
+        return peer is not None and (own is None or own.name != location.node) and self._node.transports.reaches(peer)
 
     def _answer(self, ask: int, found: list[Location | None]) -> None:
         peers: dict[tuple[str, int], RegionDescription] = {}
         for location in found:
             if location is not None and (location.node, location.region) not in peers:
-                peer = self._describe(location)
+                peer = self._node.region_of(location)
                 if peer is not None:
                     peers[(location.node, location.region)] = peer
         self.send(Located(ask, found, list(peers.values())))
-
-    def _describe(self, location: Location) -> RegionDescription | None:
-        node = self._node
-        if location.node == node.name:
-            return node.memory.arenas[location.region].describe(node.name, node.host, node.transports.endpoint())
-        return node.memory.peer(location.node, location.region)
 
     def _looked(self, chain: list[bytes], hits: int) -> None:
         for store in self._node.memory.stores.values():

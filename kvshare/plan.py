@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvshare.hotness import NO_PARENT, HotKey
-from kvshare.messages import Location, WarmItem
+from kvshare.places import Location, WarmItem
 
 # What a plan assumes of one donor. Not a measurement: it turns a deadline into a share, and being wrong by a factor only
 # makes a plan too short or lets it be cut by the node's own deadline.

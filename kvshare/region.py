@@ -37,7 +37,7 @@ import numpy.typing as npt
 from kvshare import keys, mapping, native
 from kvshare.errors import RegionError
 from kvshare.mapping import Mapping
-from kvshare.messages import RegionDescription
+from kvshare.places import RegionDescription
 
 MAGIC = b"KVSHARE\n"
 FORMAT_VERSION = 1

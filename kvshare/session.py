@@ -38,13 +38,12 @@ from kvshare.messages import (
     Locate,
     Located,
     Message,
-    NodeDescription,
     PeerLost,
     Quarantine,
     Refused,
-    RegionDescription,
     Warm,
 )
+from kvshare.places import NodeDescription, RegionDescription
 from kvshare.question import Local, Mirror, Question
 from kvshare.slots import Region
 
@@ -86,6 +85,7 @@ class Session:
         self._index = Mirror()
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self.connections = 0  # so far: another number, another node, which must be told everything anew
 
     @classmethod
     def connect(
@@ -249,6 +249,7 @@ class Session:
             if self._region is not None:
                 self._retired.append(self._region)
             self._index, self._region, self._channel = index, region, channel
+            self.connections += 1
             self._description, self._node = answer.region, answer.node
             self.notices = list(answer.notices)
         threading.Thread(target=region.populate, name="kvshare-populate", daemon=True).start()

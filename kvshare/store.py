@@ -28,7 +28,7 @@ import numpy as np
 from kvshare.config import Settings
 from kvshare.eviction import Policy, S3Fifo
 from kvshare.keys import KEY_BYTES_MAX
-from kvshare.messages import Stored
+from kvshare.places import Stored
 from kvshare.region import Region
 from kvshare.slots import Recovered
 

@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from kvshare.messages import RegionDescription
+    from kvshare.places import RegionDescription
     from kvshare.slots import Region
 
 U64 = npt.NDArray[np.uint64]

@@ -9,19 +9,18 @@ Threads: all methods from any thread.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvshare import processes
 from kvshare.transport.base import BlockStatus, ReadRequest, Transfer, Transport, failed
 from kvshare.transport.shm import ShmTransport
 from kvshare.transport.tcp import TcpTransport
 
 if TYPE_CHECKING:
     from kvshare.config import Settings
-    from kvshare.messages import RegionDescription
+    from kvshare.places import RegionDescription
     from kvshare.slots import Region
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MEMORY_FILES = "/dev/shm"
 
 
@@ -29,14 +28,10 @@ def host_id() -> str:
     """Equal in two processes exactly when one can map the other's arena: same boot of the same kernel, same user, same memory
     file system. Containers that share ``/dev/shm`` (``--ipc=host``) are one host in this sense, others are not."""
     try:
-        boot = BOOT_ID.read_text().strip()
-    except OSError:  # no such file in some sandboxes: unequal to everybody, hence tcp
-        boot = f"unknown-{os.getpid()}"
-    try:
         device = os.stat(MEMORY_FILES).st_dev
     except OSError:
         device = 0
-    return f"{boot}-{device}-{os.getuid()}"
+    return f"{processes.boot_id()}-{device}-{os.getuid()}"
 
 
 class Transports:

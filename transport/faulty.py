@@ -22,7 +22,7 @@ from kvshare.transport.base import U64, BlockStatus, ReadRequest, Transfer, Tran
 from kvshare.transport.clock import Clock
 
 if TYPE_CHECKING:
-    from kvshare.messages import RegionDescription
+    from kvshare.places import RegionDescription
     from kvshare.slots import Region
 
 

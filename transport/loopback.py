@@ -15,7 +15,7 @@ from kvshare.errors import TransportError
 from kvshare.transport.mapped import MappedTransport
 
 if TYPE_CHECKING:
-    from kvshare.messages import RegionDescription
+    from kvshare.places import RegionDescription
     from kvshare.slots import Region
 
 

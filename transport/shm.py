@@ -18,7 +18,7 @@ from kvshare.slots import Region
 from kvshare.transport.mapped import MappedTransport
 
 if TYPE_CHECKING:
-    from kvshare.messages import RegionDescription
+    from kvshare.places import RegionDescription
 
 log = logging.getLogger("kvshare")
 

@@ -42,7 +42,7 @@ from kvshare.transport.tcp_server import DataServer
 from kvshare.transport.workers import Workers
 
 if TYPE_CHECKING:
-    from kvshare.messages import RegionDescription
+    from kvshare.places import RegionDescription
     from kvshare.slots import Region
 
 PART_BYTES_MIN = 4 << 20  # less is not worth a second stream

@@ -117,7 +117,7 @@ def status(cluster: str = "default") -> ClusterStatus:
         endpoint = ray.get(where, timeout=0)
     except ray.exceptions.RayError:
         pass  # restarting: nodes go on without
-    joined = {node.node for node in known.nodes}
+    joined = {node.node for node in known.nodes if not node.is_engine}
     nodes = [
         _node_state(
             ray_node, alive[ray_node]["NodeManagerAddress"], questions.get(ray_node), joined, failures.get(ray_node, "")

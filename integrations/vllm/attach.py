@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from kvshare import processes
 from kvshare.config import Settings
-from kvshare.errors import NamespaceError, Unavailable
+from kvshare.device import STRIDE, DeviceTable
+from kvshare.errors import NamespaceError, RegionError, Unavailable
 from kvshare.integrations.vllm.identity import namespace_of
 from kvshare.integrations.vllm.layout import Layout
+from kvshare.integrations.vllm.live import LiveCache
 from kvshare.integrations.vllm.metadata import Hello
 from kvshare.integrations.vllm.pages import Cuda, DevicePages, HostPages, Pages
 from kvshare.integrations.vllm.scheduler_half import SchedulerHalf
 from kvshare.integrations.vllm.support import unserved_reason
 from kvshare.integrations.vllm.worker_half import WorkerHalf
+from kvshare.messages import Expose
 from kvshare.mover import Mover
+from kvshare.places import ProcessMemory
 from kvshare.session import Session
 
 if TYPE_CHECKING:
@@ -66,12 +72,40 @@ def attach_worker(
     if layout.device == "cuda":
         pages = DevicePages(layout, kv_caches, mover, Cuda(next(iter(kv_caches.values())).device))
 
+    table = _device_table(settings, layout, kv_cache_config.num_blocks)
+
     def close() -> None:
+        if table is not None:
+            table.retire_all()  # the blocks are about to be freed
+            table.unlink()
         mover.close()
         session.close()
 
     log.info("kvshare: shares blocks of %d bytes as %s", layout.block_bytes, namespace.family().hex())
-    return WorkerHalf(pages, close), Hello(namespace, layout.block_bytes)
+    return WorkerHalf(pages, close), Hello(namespace, layout.block_bytes, _offer(layout, table))
+
+
+def _device_table(settings: Settings, layout: Layout, blocks: int) -> DeviceTable | None:
+    """Generations of the engine's blocks; None, and said why, where peers will not read them."""
+    if layout.device != "cpu":
+        return None
+    try:
+        return DeviceTable.create(f"{settings.arena_stem}-device-{os.getpid()}.table", blocks, layout.block_bytes)
+    except RegionError as error:
+        log.warning("kvshare: peers cannot read this engine's own cache: %s", error)
+        return None
+
+
+def _offer(layout: Layout, table: DeviceTable | None) -> Expose | None:
+    """How peers find the engine's blocks."""
+    if table is None:
+        return None
+    pid = os.getpid()
+    bases, strides, lengths = (tuple(column.tolist()) for column in (layout.bases, layout.strides, layout.page_bytes))
+    memory = ProcessMemory(
+        pid, processes.started(pid), processes.pid_space(), "DRAM", 0, bases, strides, lengths, table.table_address, STRIDE
+    )
+    return Expose(secrets.randbits(62), table.path, table.slots, table.slot_bytes, memory)
 
 
 def attach_scheduler(vllm_config: VllmConfig, settings: Settings, hello: Hello) -> SchedulerHalf | None:
@@ -92,6 +126,9 @@ def attach_scheduler(vllm_config: VllmConfig, settings: Settings, hello: Hello) 
     for notice in session.notices:
         log.warning("kvshare: %s", notice)
     role = vllm_config.kv_transfer_config
+    live = None
+    if hello.offer is not None and role.is_kv_producer:
+        live = LiveCache(DeviceTable.open(hello.offer.table_path, writable=True), hello.offer, session)
     return SchedulerHalf(
         session,
         hello.namespace,
@@ -99,6 +136,7 @@ def attach_scheduler(vllm_config: VllmConfig, settings: Settings, hello: Hello) 
         settings.load_bytes_max,
         loads=role.is_kv_consumer,
         saves=role.is_kv_producer,
+        live=live,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -31,6 +32,7 @@ from kvshare.integrations.vllm.worker_half import WorkerHalf
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -149,6 +151,12 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self._scheduler is not None and connector_output.finished_recving:
             self._scheduler.loads_ended(connector_output.finished_recving, connector_output.invalid_block_ids or set())
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """vLLM asks once for each step that is back, in their order: what we have to know. We have no events."""
+        if self._scheduler is not None:
+            self._scheduler.step_returned()
+        return ()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         if self._scheduler is not None:

@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 
 from kvshare.keys import Namespace
 from kvshare.loading import LoadPlan
+from kvshare.messages import Expose
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
 
 @dataclass
 class Hello(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """The worker knows the KV cache's layout, hence the namespace; None when this engine runs unshared."""
+    """The worker knows the KV cache's layout, hence the namespace; None when this engine runs unshared. ``offer``: the cache as
+    a device region, None when peers cannot read it where it lies."""
 
     namespace: Namespace | None = None
     block_bytes: int = 0
+    offer: Expose | None = None
 
 
 COUNTERS = ("blocks_loaded", "bytes_loaded", "blocks_failed", "blocks_saved")

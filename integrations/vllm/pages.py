@@ -2,27 +2,33 @@
 
 `HostPages`: loads and saves go straight from and into the KV cache's pages.
 
-`DevicePages`: one thread and one stream of its own.
+`DevicePages`: one thread, and two streams of its own (`kvshare.integrations.vllm.gather`).
 
-    save: event on the engine's stream ──> our stream waits for it, gathers pages, copies into pinned memory ──> Mover.save
+    save: mark in the engine's stream ──> our streams wait for it, gather pages, copy into pinned memory ──> Mover.save
     load: Mover.load into pinned memory, verified there ──> copied to the device, scattered into pages ──> complete
 
-The device path follows vLLM's ordering rules by reading; it has been run against a stand-in for the device only.
+Saved pages are read after all that the engine was given before `save`; loaded pages are written to after all that it was given
+before `load`, since they may have belonged to a request whose last step is still under way. A load completes when our
+streams are done: what the engine is given from then on finds the blocks.
+
+The device path follows vLLM's ordering rules by reading; it has been run against stand-ins for the device only, one of
+which does things in any order that streams allow.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
+from kvshare.integrations.vllm.gather import Device, Lane, PageRows, Stager
 from kvshare.integrations.vllm.layout import Layout
 from kvshare.loading import LoadPlan
 from kvshare.transport.base import BlockStatus, Completion, Targets, Transfer
@@ -32,7 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvshare")
 
-CHUNK_BYTES = 32 << 20  # gathered on the device at once: what it needs of the device's memory
+SLAB_BYTES = 32 << 20  # of pinned memory; the unit of a save
+SLABS_AT_START = 4  # pinned before the first request: ten milliseconds each
 
 
 class Saving(Protocol):
@@ -75,23 +82,23 @@ class HostPages:
         pass
 
 
-class Device(Protocol):
-    """What `DevicePages` needs of an accelerator; `Cuda` is the real one."""
+class CudaLane:
+    """A stream of ours."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def run(self, work: Callable[[], object]) -> None:
+        with torch.cuda.stream(self._stream):
+            work()
 
     def mark(self) -> Any:
-        """A point in the engine's stream, after all that it was given so far."""
-
-    def stream(self) -> AbstractContextManager[Any]:
-        """Within it, work goes to our stream."""
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+        return event
 
     def after(self, mark: Any) -> None:
-        """Our stream goes on when the engine's has passed ``mark``."""
-
-    def synchronize(self) -> None:
-        """Wait until our stream is done."""
-
-    def staging(self, rows: int, row_bytes: int) -> torch.Tensor:
-        """uint8 [rows, row_bytes] in host memory that the device copies from and to."""
+        self._stream.wait_event(mark)
 
 
 class Cuda:
@@ -99,25 +106,62 @@ class Cuda:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
 
     def mark(self) -> Any:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def stream(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = torch.cuda.stream(self._stream)
-        return context
+    def lane(self) -> Lane:
+        return CudaLane(self._device)
 
-    def after(self, mark: Any) -> None:
-        self._stream.wait_event(mark)
+    def wait(self, mark: Any) -> None:
+        mark.synchronize()
 
-    def synchronize(self) -> None:
-        self._stream.synchronize()
+    def pinned(self, rows: int, row_bytes: int) -> torch.Tensor:
+        with torch.cuda.device(self._device):  # else a thread's first pinning would begin a context on GPU 0
+            return torch.empty((rows, row_bytes), dtype=torch.uint8, pin_memory=True)
 
-    def staging(self, rows: int, row_bytes: int) -> torch.Tensor:
-        return torch.empty((rows, row_bytes), dtype=torch.uint8, pin_memory=True)
+
+class Slabs:
+    """Pinned memory that is used again and again; there is never less of it than the most that was needed at once.
+
+    A slab is uint8 [blocks, block_bytes]. Threads: any.
+    """
+
+    def __init__(self, device: Device, block_bytes: int) -> None:
+        self._device = device
+        self.blocks = max(1, SLAB_BYTES // block_bytes)
+        self.block_bytes = block_bytes
+        self._free: list[torch.Tensor] = []
+        self._lock = threading.Lock()
+        self.give(self.take(SLABS_AT_START * self.blocks))
+
+    def take(self, blocks: int) -> list[torch.Tensor]:
+        """As many as these blocks fill. Raises RuntimeError when the system has no more pinned memory to give."""
+        wanted = -(-blocks // self.blocks)
+        with self._lock:
+            kept = max(0, len(self._free) - wanted)
+            slabs, self._free = self._free[kept:], self._free[:kept]
+        try:
+            while len(slabs) < wanted:
+                slabs.append(self._device.pinned(self.blocks, self.block_bytes))
+        except RuntimeError:
+            self.give(slabs)
+            raise
+        return slabs
+
+    def give(self, slabs: Sequence[torch.Tensor]) -> None:
+        """Back, when nothing uses them any more."""
+        with self._lock:
+            self._free += slabs
+
+    def targets(self, slabs: Sequence[torch.Tensor], blocks: int) -> Targets:
+        """The first ``blocks`` blocks of these slabs."""
+        slab, row = np.divmod(np.arange(blocks), self.blocks)
+        bases = np.array([one.data_ptr() for one in slabs], np.uint64)
+        addresses = bases[slab] + row.astype(np.uint64) * np.uint64(self.block_bytes)
+        return Targets(addresses.reshape(-1, 1), np.array([self.block_bytes], np.uint64))
 
 
 @dataclass
@@ -146,31 +190,46 @@ class DeviceSave:
 class Arrived:
     """A load whose verified blocks lie in pinned memory."""
 
-    staging: torch.Tensor
+    slabs: list[torch.Tensor]
     block_ids: list[int]
+    mark: Any
     completion: Completion
     transfer: Transfer
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Blocks of a save that are in the slab when ``mark`` is reached."""
+
+    keys: list[bytes]
+    slab: torch.Tensor
+    mark: Any
 
 
 class DevicePages:
     """See the module's docstring."""
 
     def __init__(self, layout: Layout, kv_caches: Mapping[str, torch.Tensor], mover: Mover, device: Device) -> None:
-        self._layout = layout
         self._mover = mover
         self._device = device
-        self._views = list(_page_views(layout, kv_caches))
+        self._stager = Stager(PageRows(layout, kv_caches), device)
+        self._slabs = Slabs(device, layout.block_bytes)
         self._work: queue.SimpleQueue[DeviceSave | Arrived | None] = queue.SimpleQueue()
-        self._staged: list[tuple[SaveJob, torch.Tensor]] = []  # pinned memory that the mover still reads
+        self._staged: list[tuple[SaveJob, torch.Tensor]] = []  # slabs that the mover still reads
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvshare-device", daemon=True)
         self._thread.start()
 
     def load(self, plan: LoadPlan, block_ids: Sequence[int]) -> Transfer:
-        staging = self._device.staging(len(plan), self._layout.block_bytes)
-        transfer = Transfer()
-        inner = self._mover.load(plan, self._rows(staging))
-        inner.then(lambda completion: self._work.put(Arrived(staging, list(block_ids), completion, transfer)))
+        transfer, ids, mark = Transfer(), list(block_ids), self._device.mark()
+        try:
+            slabs = self._slabs.take(len(plan))
+        except RuntimeError as error:
+            reason = f"no pinned memory for {len(plan)} blocks: {error}"
+            transfer.complete(_failed(len(plan), 0.0, reason))
+            return transfer
+        inner = self._mover.load(plan, self._slabs.targets(slabs, len(plan)))
+        inner.then(lambda completion: self._work.put(Arrived(slabs, ids, mark, completion, transfer)))
         return transfer
 
     def save(self, block_keys: list[bytes], block_ids: Sequence[int]) -> Saving:
@@ -187,68 +246,65 @@ class DevicePages:
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
-            try:
-                if isinstance(work, DeviceSave):
+            if isinstance(work, DeviceSave):
+                with self._reported():
                     self._copy_out(work)
-                else:
+                work.finished.set()
+            else:
+                completion = _failed(len(work.block_ids), work.completion.seconds, "copying to the device failed")
+                with self._reported():
                     self._copy_in(work)
-            except RuntimeError as error:  # the device's errors: blocks are misses, the engine will say what it has
-                log.warning("kvshare: copying blocks from or to the device failed: %s", error)
-                if isinstance(work, Arrived):
-                    work.transfer.complete(_failed(work.completion, str(error)))
-            finally:
-                if isinstance(work, DeviceSave):
-                    work.finished.set()
+                    completion = work.completion
+                work.transfer.complete(completion)
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Whatever goes wrong: blocks are misses, and nothing is under way any more. The engine will meet what its device has."""
+        try:
+            yield
+        except Exception as error:
+            log.warning("kvshare: copying blocks from or to the device failed: %s: %s", type(error).__name__, error)
+            with contextlib.suppress(RuntimeError):  # of a device that is lost: it writes nothing any more either
+                self._stager.settle()
 
     def _copy_out(self, job: DeviceSave) -> None:
-        self._staged = [(save, staging) for save, staging in self._staged if not save.done]
-        step = max(1, CHUNK_BYTES // self._layout.block_bytes)
+        """Slab by slab; while one is handed over the next is on its way."""
+        landing: Landing | None = None
+        step = self._slabs.blocks
         for start in range(0, len(job.keys), step):
             if job.cancelled or self._closed:
-                return
-            ids = job.block_ids[start : start + step]
-            staging = self._device.staging(len(ids), self._layout.block_bytes)
-            with self._device.stream():
-                self._device.after(job.mark)
-                for view, columns in self._views:
-                    rows = torch.tensor(ids, device=view.device)
-                    staging[:, columns].copy_(view.index_select(0, rows), non_blocking=True)
-            self._device.synchronize()
-            save = self._mover.save(job.keys[start : start + step], self._rows(staging))
-            self._staged.append((save, staging))
-            job.saved += len(ids)
+                break
+            self._reclaim()
+            ids, (slab,) = job.block_ids[start : start + step], self._slabs.take(1)
+            mark = self._stager.gather(ids, slab[: len(ids)], job.mark)
+            self._hand_over(job, landing)
+            landing = Landing(job.keys[start : start + step], slab, mark)
+        self._hand_over(job, landing)
+
+    def _hand_over(self, job: DeviceSave, landing: Landing | None) -> None:
+        if landing is not None:
+            self._device.wait(landing.mark)
+            save = self._mover.save(landing.keys, self._slabs.targets([landing.slab], len(landing.keys)))
+            self._staged.append((save, landing.slab))
+            job.saved += len(landing.keys)
+
+    def _reclaim(self) -> None:
+        self._slabs.give([slab for save, slab in self._staged if save.done])
+        self._staged = [(save, slab) for save, slab in self._staged if not save.done]
 
     def _copy_in(self, load: Arrived) -> None:
-        good = np.flatnonzero(load.completion.statuses == BlockStatus.OK).tolist()
-        step = max(1, CHUNK_BYTES // self._layout.block_bytes)
-        for start in range(0, len(good), step):
-            chosen = good[start : start + step]
-            with self._device.stream():
-                for view, columns in self._views:
-                    rows = torch.tensor([load.block_ids[i] for i in chosen], device=view.device)
-                    view.index_copy_(0, rows, load.staging[chosen][:, columns].to(view.device, non_blocking=True))
-            self._device.synchronize()
-        load.transfer.complete(load.completion)
-
-    def _rows(self, staging: torch.Tensor) -> Targets:
-        row_bytes = self._layout.block_bytes
-        return Targets.strided(staging.data_ptr(), row_bytes, np.arange(len(staging)), row_bytes)
+        good = np.flatnonzero(load.completion.statuses == BlockStatus.OK)
+        ids = np.array(load.block_ids, np.int64)
+        mark = None
+        for number, slab in enumerate(load.slabs):
+            first = number * self._slabs.blocks
+            here = good[(good >= first) & (good < first + self._slabs.blocks)]
+            if len(here):
+                mark = self._stager.scatter(slab, here - first, ids[here], load.mark)
+        if mark is not None:
+            self._device.wait(mark)
+        self._slabs.give(load.slabs)
 
 
-def _page_views(layout: Layout, kv_caches: Mapping[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, slice]]:
-    """For each page: uint8 [blocks, page bytes] over the KV cache, and its columns in a staged block."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in kv_caches.values()}
-    end = 0
-    for base, stride, length in zip(layout.bases.tolist(), layout.strides.tolist(), layout.page_bytes.tolist(), strict=True):
-        start = max(address for address in storages if address <= base)
-        owner = storages[start]
-        storage = owner.untyped_storage()
-        blocks = 1 + (storage.nbytes() - (base - start) - length) // stride
-        view = torch.empty(0, dtype=torch.uint8, device=owner.device)
-        view.set_(storage, base - start, (blocks, length), (stride, 1))
-        yield view, slice(end, end + length)
-        end += length
-
-
-def _failed(completion: Completion, error: str) -> Completion:
-    return Completion(np.full(len(completion.statuses), BlockStatus.UNREACHABLE, np.uint8), 0, completion.seconds, error)
+def _failed(blocks: int, seconds: float, error: str) -> Completion:
+    return Completion(np.full(blocks, BlockStatus.UNREACHABLE, np.uint8), 0, seconds, error)

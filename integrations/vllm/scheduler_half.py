@@ -29,6 +29,7 @@ import numpy.typing as npt
 from kvshare import keys
 from kvshare.integrations.vllm.adapters import Adapters
 from kvshare.integrations.vllm.identity import covers_extra_keys
+from kvshare.integrations.vllm.live import LiveCache
 from kvshare.integrations.vllm.metadata import Load, Save, StepMetadata
 from kvshare.loading import LoadPlan
 from kvshare.question import Local
@@ -76,6 +77,7 @@ class Tracked:
     hits: int = 0  # leading blocks that the engine's own cache had when `matched` was asked last
     offered: int = 0  # blocks behind those that `matched` promised last
     next_save: int | None = None  # the first block not yet listed for saving
+    due: int = 0  # it is complete once so many tokens are computed, if not later
     loaded: int = 0  # blocks in front of this one came from peers, or were in our node
     failed: bool = False  # a load of its failed: it computes from now on
 
@@ -91,8 +93,10 @@ class SchedulerHalf:
         load_bytes_max: int,
         loads: bool = True,
         saves: bool = True,
+        live: LiveCache | None = None,
     ) -> None:
         self._session = session
+        self._live = live
         self._family = namespace.family()
         self._block_size = namespace.block_size
         self._block_bytes = block_bytes
@@ -149,7 +153,7 @@ class SchedulerHalf:
         assert question is not None and tracked.prefix is not None and count <= tracked.offered
         load = Load(request.request_id, question.plan(start, count), block_ids[start : start + count], self._epoch)
         # What came from a peer is saved to our own node; what our node has is not saved again.
-        tracked.next_save, tracked.loaded = start, start + count
+        tracked.next_save, tracked.due, tracked.loaded = start, 0, start + count
         self._loads[request.request_id] = load
         self._loading.update(dict.fromkeys(load.plan.keys, request.request_id))
         self._planned.append(load)
@@ -170,20 +174,29 @@ class SchedulerHalf:
     # --- write path ---------------------------------------------------------------------------------------------------
 
     def step(self, output: SchedulerOutput) -> StepMetadata:
-        """What the worker has to do in this step."""
+        """What the worker has to do in this step. Nearly always nothing, and every microsecond is one of a decoded token."""
         planned, self._planned = self._planned, []
         meta = StepMetadata(planned, forward=output.total_num_scheduled_tokens > 0, epoch=self._epoch)
         for load in planned:
             meta.overwritten += load.block_ids
         meta.overwritten += self._handed_out(output)
+        if self._live is not None:
+            self._live.begin(meta.overwritten)
         if self._may_save:
             if self._postponed:
                 meta.saves += self._due(frozenset(meta.overwritten))
             for request_id, tokens in output.num_scheduled_tokens.items():
                 tracked = self._requests.get(request_id)
-                if tracked is not None:
+                if tracked is not None and tracked.request.num_computed_tokens + tokens >= tracked.due:
                     meta.saves += self._completed(tracked, tokens, output.kv_connector_block_state)
+        if self._live is not None:
+            self._live.sent()
         return meta
+
+    def step_returned(self) -> None:
+        """The oldest step that was not back is back."""
+        if self._live is not None:
+            self._live.returned()
 
     def _due(self, overwritten: frozenset[int]) -> list[Save]:
         """Saves postponed from the step before, without what this step writes to: their requests may have let go of it."""
@@ -201,6 +214,8 @@ class SchedulerHalf:
         for new in output.scheduled_new_reqs:
             block_ids += new.block_ids[GROUP][new.num_computed_tokens // self._block_size :]
         cached = output.scheduled_cached_reqs
+        if not any(cached.new_block_ids):
+            return block_ids
         for request_id, new_ids, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
             if new_ids is None:
                 continue
@@ -211,29 +226,29 @@ class SchedulerHalf:
 
     def _completed(self, tracked: Tracked, tokens: int, blocks: Any) -> list[Save]:
         """Blocks of a request that are complete once this step has computed ``tokens`` more, and not saved yet."""
-        request = tracked.request
+        request, size = tracked.request, self._block_size
         if tracked.next_save is None:
-            tracked.next_save = request.num_computed_tokens // self._block_size
+            tracked.next_save = request.num_computed_tokens // size
         start = tracked.next_save
-        if (request.num_computed_tokens + tokens) // self._block_size <= start:
-            return []
+        tracked.due = (start + 1) * size
         # Tokens that speculation only guessed have no hash: what is hashed and computed is final.
-        end = min((request.num_computed_tokens + tokens) // self._block_size, len(request.block_hashes))
+        end = min((request.num_computed_tokens + tokens) // size, len(request.block_hashes))
         if not tracked.shared or tracked.prefix is None or end <= start:
             return []
-        tracked.next_save = end
+        tracked.next_save, tracked.due = end, (end + 1) * size
         hashes = request.block_hashes[start:end]
         held = self._session.still(self._session.local(tracked.prefix, hashes))
         absent = np.flatnonzero(~held).tolist()
-        if not absent:
+        if self._live is None and not absent:
             return []
-        block_ids = blocks.get_block_ids(request.request_id)[GROUP]
+        block_ids = blocks.get_block_ids(request.request_id)[GROUP][start:end]
+        if self._live is not None:
+            self._live.completing([tracked.prefix + block_hash for block_hash in hashes], block_ids)
         # Copying what a peer has already would delay this request's first token: it is done when that is out.
         borrowed = [i for i in absent if start + i < tracked.loaded]
         made = [i for i in absent if start + i >= tracked.loaded]
         saves = [
-            Save([tracked.prefix + hashes[i] for i in chosen], [block_ids[start + i] for i in chosen])
-            for chosen in (borrowed, made)
+            Save([tracked.prefix + hashes[i] for i in chosen], [block_ids[i] for i in chosen]) for chosen in (borrowed, made)
         ]
         self._postponed += [save for save in saves[:1] if save.keys]
         return [save for save in saves[1:] if save.keys]
@@ -251,6 +266,8 @@ class SchedulerHalf:
         self._secret = os.urandom(16).hex()
         self._epoch += 1
         self._postponed.clear()
+        if self._live is not None:
+            self._live.reset()
         for tracked in self._requests.values():
             if tracked.request.num_computed_tokens == 0:
                 self._begin(tracked)
@@ -286,6 +303,7 @@ class SchedulerHalf:
         """(Re)start a request that holds no blocks: its prefix, its question."""
         request = tracked.request
         tracked.question, tracked.hits, tracked.offered, tracked.next_save, tracked.loaded = None, 0, 0, None, 0
+        tracked.due = 0  # until its first step
         tracked.prefix = self._prefix(request)
         tracked.shared = tracked.prefix != b""
         if not tracked.prefix or not self._may_load or tracked.failed:

@@ -20,7 +20,7 @@ import pytest
 
 from kvshare import native, wire
 from kvshare.errors import ConfigError
-from kvshare.messages import RegionDescription
+from kvshare.places import RegionDescription
 from kvshare.slots import Region
 from kvshare.transport.base import BlockStatus, Targets
 from kvshare.transport.tcp import TcpTransport

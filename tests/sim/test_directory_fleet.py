@@ -29,16 +29,15 @@ from kvshare.messages import (
     Found,
     Join,
     Message,
-    NodeDescription,
     NodeJoined,
     NodeLost,
     Plan,
     Publish,
     Report,
     Resync,
-    Stored,
     Welcome,
 )
+from kvshare.places import NodeDescription, Stored
 
 HEARTBEAT_SECONDS = 5.0
 BATCH_BLOCKS = 8  # of a publish: small, so that inventories travel in several

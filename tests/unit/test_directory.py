@@ -35,18 +35,16 @@ from kvshare.messages import (
     Find,
     Found,
     Join,
-    Location,
     Message,
-    NodeDescription,
     NodeJoined,
     NodeLost,
     Plan,
     Publish,
     Report,
     Resync,
-    Stored,
     Welcome,
 )
+from kvshare.places import Location, NodeDescription, Stored
 
 FAMILY = b"f" * keys.FAMILY_BYTES
 LENGTH = 4096

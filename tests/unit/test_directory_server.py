@@ -25,13 +25,12 @@ from kvshare.messages import (
     FromDirectory,
     Join,
     Message,
-    NodeDescription,
     NodeJoined,
     NodeLost,
     Publish,
-    Stored,
     Welcome,
 )
+from kvshare.places import NodeDescription, Stored
 
 SECRET = "a secret of the cluster"
 KEY = bytes(58)

@@ -11,22 +11,13 @@ import pytest
 
 from kvshare import messages
 from kvshare.keys import Namespace
-from kvshare.messages import (
-    FromDirectory,
-    Location,
-    Message,
-    NodeDescription,
-    RegionDescription,
-    Stored,
-    ToDirectory,
-    ToNode,
-    ToSession,
-    WarmItem,
-)
+from kvshare.messages import FromDirectory, Message, ToDirectory, ToNode, ToSession
+from kvshare.places import Location, NodeDescription, ProcessMemory, RegionDescription, Stored, WarmItem
 
 CHANNELS = {"ToNode": ToNode, "ToSession": ToSession, "ToDirectory": ToDirectory, "FromDirectory": FromDirectory}
 
-REGION = RegionDescription("a", 4096, 4096, 9, "host", "/shm/a.data", "/shm/a.table", "10.0.0.1:7")
+MEMORY = ProcessMemory(7, 2**40, "space", "DRAM", 0, (2**63, 2**62), (8192, 4096), (4096, 100), 2**47, 8, "agent", b"\x00\xff")
+REGION = RegionDescription("a", 4096, 4096, 9, "host", "/shm/a.data", "/shm/a.table", "10.0.0.1:7", "device", MEMORY)
 NODE = NodeDescription("a", 2**31, "host", "10.0.0.1:7", (REGION,))
 LOCATION = Location("a", 4096, 8, 2**63 + 4, 4000)
 EXAMPLES: dict[Any, Any] = {
@@ -51,6 +42,7 @@ EXAMPLES: dict[Any, Any] = {
     ),
     NodeDescription: NODE,
     RegionDescription: REGION,
+    ProcessMemory: MEMORY,
     Location: LOCATION,
     Stored: Stored(b"key", 4096, 8, 2**63 + 4, 4000),
     WarmItem: WarmItem(b"key", LOCATION),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare.hotness import NO_PARENT, HotKey
-from kvshare.messages import Location
+from kvshare.places import Location
 from kvshare.plan import WarmPlan, plan_warm
 
 LENGTH = 100

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvshare.config import Settings
 from kvshare.keys import seed_of
-from kvshare.messages import Stored
+from kvshare.places import Stored
 from kvshare.slots import Arena, Recovered, Region
 from kvshare.store import Store
 

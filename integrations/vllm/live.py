@@ -1,0 +1,129 @@
+"""The engine's own KV cache as a device region: which of its blocks peers may read, and under which keys.
+
+    step ──> begin: blocks handed out become unreadable, and are no longer told of
+         ──> completing: blocks that this step completes, if it comes back
+         ──> sent
+    the step is back ──> returned: those blocks, unless handed out meanwhile, become readable and are told of
+
+vLLM writes to a block only in steps that were sent after it was handed out. So a block is unreadable before anything may write
+to it, and readable when nothing will: freed blocks stay readable until somebody else gets them.
+
+Steps come back in the order in which they were sent, several may be under way (asynchronous scheduling, pipelines).
+
+Threads: the scheduler's only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvshare.device import DeviceTable
+from kvshare.messages import Expose, Message, Shown
+from kvshare.places import Stored
+
+
+class Teller(Protocol):
+    """What this needs of a `kvshare.session.Session`."""
+
+    connections: int
+
+    def send(self, message: Message) -> bool: ...
+
+
+class Completing(NamedTuple):
+    """Blocks (int64 [n]) that a step completes, the keys of what is in them, and the generations (odd) under which they are
+    written."""
+
+    keys: list[bytes]
+    blocks: npt.NDArray[np.int64]
+    begun: npt.NDArray[np.uint64]
+
+
+class LiveCache:
+    """See the module's docstring. ``offer``: how the region is exposed to a node that does not know it."""
+
+    def __init__(self, table: DeviceTable, offer: Expose, teller: Teller) -> None:
+        self._table = table
+        self._offer = offer
+        self._teller = teller
+        self._connection = 0  # to which the region was exposed
+        self._keys: dict[int, bytes] = {}  # of readable blocks
+        self._places: dict[bytes, Stored] = {}  # what was told; of equal blocks the latest
+        self._gone: list[bytes] = []
+        self._now: list[Completing] = []
+        self._under_way: deque[list[Completing]] = deque()  # one for each step that is not back
+
+    def begin(self, block_ids: Sequence[int]) -> None:
+        """These blocks may be written to by the step that is being made, or by a load that it begins."""
+        if not block_ids:
+            return
+        self._table.begin(block_ids)
+        for block_id in block_ids:
+            key = self._keys.pop(block_id, None)
+            place = self._places.get(key) if key is not None else None
+            if key is not None and place is not None and place.slot == block_id:
+                del self._places[key]
+                self._gone.append(key)
+
+    def completing(self, block_keys: list[bytes], block_ids: Sequence[int]) -> None:
+        """Once the step that is being made is back, these blocks hold what these keys say."""
+        blocks = np.array(block_ids, np.int64)
+        self._now.append(Completing(block_keys, blocks, self._table.generations(blocks)))
+
+    def sent(self) -> None:
+        """The step goes to the workers."""
+        self._under_way.append(self._now)
+        self._now = []
+        if self._gone:
+            self._tell([])
+
+    def returned(self) -> None:
+        """The step that was sent first of those under way is back."""
+        if not self._under_way:
+            return
+        stored: list[Stored] = []
+        for completed in self._under_way.popleft():
+            held = self._table.finish(completed.blocks, completed.begun)
+            for i in np.flatnonzero(held).tolist():
+                block_id, key = int(completed.blocks[i]), completed.keys[i]
+                block = Stored(key, self._offer.region, block_id, int(completed.begun[i]) + 1, self._offer.slot_bytes)
+                self._keys[block_id] = key
+                self._places[key] = block
+                stored.append(block)
+        if stored:
+            self._tell(stored)
+
+    def reset(self) -> None:
+        """What is in the cache is nobody's any more."""
+        self._table.retire_all()
+        self._gone += self._places
+        self._keys.clear()
+        self._places.clear()
+        for step in self._under_way:
+            step.clear()
+        self._tell([])
+
+    def check(self) -> list[str]:
+        """Problems found; empty when all is well."""
+        problems = []
+        for key, block in self._places.items():
+            if self._keys.get(block.slot) != key:
+                problems.append(f"{key.hex()} is told to be in block {block.slot}, which holds something else")
+            if int(self._table.generations([block.slot])[0]) != block.generation:
+                problems.append(f"block {block.slot} is not readable as told")
+        return problems
+
+    def _tell(self, stored: list[Stored]) -> None:
+        """The node hears what changed; one that does not know the region yet hears everything."""
+        gone, self._gone = self._gone, []
+        connection = self._teller.connections
+        if connection != self._connection:
+            if not self._teller.send(self._offer):
+                return
+            self._connection, stored, gone = connection, list(self._places.values()), []
+        self._teller.send(Shown(stored, gone))
