@@ -75,6 +75,7 @@ class Settings:
     idle_exit_seconds: float = 3600.0  # an autostarted node without engines ends after this; 0: never
     save_bytes_max: int = 512 * MIB  # blocks waiting to be saved; beyond it saves are skipped, never waited for
     load_bytes_max: int = 512 * MIB  # bytes being loaded at once; beyond it requests compute instead
+    head_shards: int = 0  # by heads a block is cut into so many; 0: one for each tensor-parallel rank of the engine
 
     @classmethod
     def load(cls, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -134,6 +135,7 @@ class Settings:
             "message_bytes_max": 64 * KIB,
             "save_bytes_max": 0,
             "load_bytes_max": 0,
+            "head_shards": 0,
             "warm_bytes": 0,
         }
         for name, least in minimum.items():

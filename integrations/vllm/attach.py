@@ -9,16 +9,20 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from kvshare import processes
 from kvshare.config import Settings
 from kvshare.device import STRIDE, DeviceTable
 from kvshare.errors import NamespaceError, RegionError, Unavailable
-from kvshare.integrations.vllm.identity import namespace_of
+from kvshare.integrations.vllm.identity import namespaces_of
 from kvshare.integrations.vllm.layout import Layout
-from kvshare.integrations.vllm.live import LiveCache
+from kvshare.integrations.vllm.live import Exposure, LiveCache
+from kvshare.integrations.vllm.lookup import ShardedLookup
 from kvshare.integrations.vllm.metadata import Hello
 from kvshare.integrations.vllm.pages import Cuda, DevicePages, HostPages, Pages
 from kvshare.integrations.vllm.scheduler_half import SchedulerHalf
+from kvshare.integrations.vllm.sharding import ShardedPages, Shards, shards_of
 from kvshare.integrations.vllm.support import unserved_reason
 from kvshare.integrations.vllm.worker_half import WorkerHalf
 from kvshare.messages import Expose
@@ -54,12 +58,19 @@ def attach_worker(
             log.warning(UNSHARED, reason)
         return None
     try:
-        layout = Layout.of(kv_caches, kv_cache_config, vllm_config)
+        shards = shards_of(vllm_config, kv_cache_config, settings.head_shards)
+        layouts = _layouts(kv_caches, kv_cache_config, vllm_config, shards)
+        layout = layouts[0]
         if layout.device not in ("cpu", "cuda"):
             raise NamespaceError(f"memory of a {layout.device} device is not served yet")
-        namespace = namespace_of(vllm_config, kv_cache_config, layout, weights)
+        namespaces = namespaces_of(vllm_config, kv_cache_config, layout, weights, shards.count)
         session = Session.connect(
-            settings, namespace, engine=_name(vllm_config), block_bytes=layout.block_bytes, subscribe=False, warm=False
+            settings,
+            namespaces[shards.own.start],
+            engine=_name(vllm_config),
+            block_bytes=layout.block_bytes,
+            subscribe=False,
+            warm=False,
         )
     except NamespaceError as error:
         log.error(UNSHARED, error)
@@ -68,11 +79,12 @@ def attach_worker(
         log.warning(UNSHARED, error)
         return None
     mover = Mover(session, affinity=free_processors())
-    pages: Pages = HostPages(layout, mover)
+    parts: list[Pages] = [HostPages(part, mover) for part in layouts]
     if layout.device == "cuda":
-        pages = DevicePages(layout, kv_caches, mover, Cuda(next(iter(kv_caches.values())).device))
-
-    table = _device_table(settings, layout, kv_cache_config.num_blocks)
+        device = Cuda(next(iter(kv_caches.values())).device)
+        parts = [DevicePages(part, kv_caches, mover, device) for part in layouts]
+    pages = ShardedPages(shards, parts, [namespace.family() for namespace in namespaces])
+    table = _device_table(settings, layout, kv_cache_config.num_blocks) if first else None
 
     def close() -> None:
         if table is not None:
@@ -81,12 +93,24 @@ def attach_worker(
         mover.close()
         session.close()
 
-    log.info("kvshare: shares blocks of %d bytes as %s", layout.block_bytes, namespace.family().hex())
-    return WorkerHalf(pages, close), Hello(namespace, layout.block_bytes, _offer(layout, table))
+    if first:
+        log.info("kvshare: shares blocks of %d bytes as %s", layout.block_bytes, namespaces[0].family().hex())
+    offers = {shard: _offer(part, table) for shard, part in zip(shards.own, layouts, strict=True) if part.device == "cpu"}
+    return WorkerHalf(pages, close), Hello(namespaces, layout.block_bytes, offers)
+
+
+def _layouts(
+    kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig, vllm_config: VllmConfig, shards: Shards
+) -> list[Layout]:
+    """One for each shard of this rank."""
+    if len(shards.own) == 1:
+        return [Layout.of(kv_caches, kv_cache_config, vllm_config)]
+    heads = kv_cache_config.kv_cache_groups[0].kv_cache_spec.num_kv_heads
+    return [Layout.of(kv_caches, kv_cache_config, vllm_config, shards.heads(shard, heads)) for shard in shards.own]
 
 
 def _device_table(settings: Settings, layout: Layout, blocks: int) -> DeviceTable | None:
-    """Generations of the engine's blocks; None, and said why, where peers will not read them."""
+    """Generations of the rank's blocks; None, and said why, where peers will not read them."""
     if layout.device != "cpu":
         return None
     try:
@@ -96,48 +120,68 @@ def _device_table(settings: Settings, layout: Layout, blocks: int) -> DeviceTabl
         return None
 
 
-def _offer(layout: Layout, table: DeviceTable | None) -> Expose | None:
-    """How peers find the engine's blocks."""
-    if table is None:
-        return None
+def _offer(layout: Layout, table: DeviceTable | None) -> Expose:
+    """How peers find a shard of the rank's blocks. The first rank's table is that of all."""
     pid = os.getpid()
     bases, strides, lengths = (tuple(column.tolist()) for column in (layout.bases, layout.strides, layout.page_bytes))
+    path, slots, address = ("", 0, 0) if table is None else (table.path, table.slots, table.table_address)
     memory = ProcessMemory(
-        pid, processes.started(pid), processes.pid_space(), "DRAM", 0, bases, strides, lengths, table.table_address, STRIDE
+        pid, processes.started(pid), processes.pid_space(), "DRAM", 0, bases, strides, lengths, address, STRIDE
     )
-    return Expose(secrets.randbits(62), table.path, table.slots, table.slot_bytes, memory)
+    return Expose(secrets.randbits(62), path, slots, layout.block_bytes, memory)
 
 
-def attach_scheduler(vllm_config: VllmConfig, settings: Settings, hello: Hello) -> SchedulerHalf | None:
-    """Connect a scheduler whose worker is attached, and have its node fetch what is hot."""
-    assert hello.namespace is not None
+def attach_scheduler(vllm_config: VllmConfig, settings: Settings, hellos: list[Hello]) -> SchedulerHalf | None:
+    """Connect a scheduler all of whose workers are attached, and have its node fetch what is hot."""
+    hello = hellos[0]
+    sessions: list[Session] = []
     try:
-        session = Session.connect(
-            settings,
-            hello.namespace,
-            engine=_name(vllm_config),
-            block_bytes=hello.block_bytes,
-            subscribe=True,
-            warm=True,
-        )
+        for namespace in hello.namespaces:
+            sessions.append(
+                Session.connect(
+                    settings,
+                    namespace,
+                    engine=_name(vllm_config),
+                    block_bytes=hello.block_bytes,
+                    subscribe=True,
+                    warm=True,
+                )
+            )
     except (NamespaceError, Unavailable) as error:
         log.warning(UNSHARED, error)
+        for session in sessions:
+            session.close()
         return None
-    for notice in session.notices:
+    for notice in dict.fromkeys(notice for session in sessions for notice in session.notices):
         log.warning("kvshare: %s", notice)
     role = vllm_config.kv_transfer_config
-    live = None
-    if hello.offer is not None and role.is_kv_producer:
-        live = LiveCache(DeviceTable.open(hello.offer.table_path, writable=True), hello.offer, session)
+    families = [namespace.family() for namespace in hello.namespaces]
     return SchedulerHalf(
-        session,
-        hello.namespace,
-        hello.block_bytes,
+        sessions[0] if len(sessions) == 1 else ShardedLookup(sessions, families),
+        hello.namespaces[0],
+        hello.block_bytes * len(sessions),
         settings.load_bytes_max,
         loads=role.is_kv_consumer,
         saves=role.is_kv_producer,
-        live=live,
+        live=_live(hellos, sessions) if role.is_kv_producer else None,
     )
+
+
+def _live(hellos: list[Hello], sessions: list[Session]) -> LiveCache | None:
+    """The engine's cache for peers, each shard from the first rank that has it."""
+    offers: dict[int, Expose] = {}
+    for hello in hellos:
+        for shard, offer in hello.offers.items():
+            offers.setdefault(shard, offer)
+    path = next((offer.table_path for offer in hellos[0].offers.values()), "")
+    if not path:
+        return None
+    table = DeviceTable.open(path, writable=True)
+    exposures = [
+        Exposure(replace(offer, table_path=path, slots=table.slots), sessions[shard], hellos[0].namespaces[shard].family())
+        for shard, offer in sorted(offers.items())
+    ]
+    return LiveCache(table, exposures)
 
 
 def free_processors() -> set[int]:

@@ -124,9 +124,10 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # --- scheduler ------------------------------------------------------------------------------------------------------
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]) -> None:
-        hellos = list(metadata.values())
-        if len(hellos) == 1 and isinstance(hellos[0], Hello):
-            self._scheduler = attach_scheduler(self._vllm_config, self._settings, hellos[0])
+        hellos = [hello for _, hello in sorted(metadata.items()) if isinstance(hello, Hello)]
+        # A rank that could not attach would never have its part of a block.
+        if len(hellos) == self._vllm_config.parallel_config.tensor_parallel_size:
+            self._scheduler = attach_scheduler(self._vllm_config, self._settings, hellos)
             self._hello = hellos[0]
 
     def on_new_request(self, request: Request) -> None:
@@ -197,8 +198,8 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._seed_checked = True
         from vllm.v1.core.kv_cache_utils import get_none_hash_seed
 
-        assert self._hello is not None and self._hello.namespace is not None
-        if get_none_hash_seed() != self._hello.namespace.hash_seed:
+        assert self._hello is not None
+        if get_none_hash_seed() != self._hello.namespaces[0].hash_seed:
             log.error("kvshare: this engine runs unshared: its block hashes start from another seed than PYTHONHASHSEED says")
             self._scheduler.close()
             self._scheduler = None

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from kvshare.config import Settings
 from kvshare.errors import ConfigError, NamespaceError
 from kvshare.integrations.vllm.weights import digest_of
@@ -48,8 +50,11 @@ def settings_from(extra_config: dict[str, Any]) -> tuple[Settings, str]:
     return Settings.load(given), weights
 
 
-def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layout: Layout, weights: str) -> Namespace:
-    """The engine's namespace. Reads parts of the weights' files: milliseconds, up to half a second for 1 GiB.
+def namespaces_of(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layout: Layout, weights: str, shards: int
+) -> list[Namespace]:
+    """The engine's namespaces, one for each shard of its blocks; ``layout`` is that of a shard. Reads parts of the weights'
+    files: milliseconds, up to half a second for 1 GiB.
 
     Raises:
         NamespaceError: the blocks cannot be named so that other engines agree; says what to change.
@@ -59,14 +64,14 @@ def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layout
     spec = group.kv_cache_spec
     algorithm, seed = hashing_of(vllm_config)
     named = f"named:{weights}" if weights else weights_identity(vllm_config)
-    return Namespace(
+    whole = Namespace(
         weights=f"{named}/{config_digest(model)}",
         dtype=str(model.dtype),
         kv_dtype=f"{cache.cache_dtype}/{spec.dtype}",
         block_size=spec.block_size,
         page_bytes=layout.block_bytes // len(group.layer_names),
         layers=len(group.layer_names),
-        kv_heads=spec.num_kv_heads,
+        kv_heads=model.get_total_num_kv_heads() if shards > 1 else spec.num_kv_heads,
         head_size=spec.head_size,
         hash_algorithm=algorithm,
         hash_seed=seed,
@@ -74,6 +79,9 @@ def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layout
         attention=type(spec).__name__,
         label=str(model.served_model_name or model.model),
     )
+    if shards == 1:
+        return [whole]
+    return [msgspec.structs.replace(whole, tensor_parallel=f"{shard}/{shards}") for shard in range(shards)]
 
 
 def hashing_of(vllm_config: VllmConfig) -> tuple[str, str]:

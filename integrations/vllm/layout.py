@@ -57,14 +57,24 @@ class Layout:
         return Targets(self.bases[None, :] + ids[:, None] * self.strides[None, :], self.page_bytes)
 
     @classmethod
-    def of(cls, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> Layout:
-        """Raises NamespaceError when a tensor cannot be addressed block by block."""
+    def of(
+        cls,
+        kv_caches: Mapping[str, torch.Tensor],
+        kv_cache_config: KVCacheConfig,
+        vllm_config: VllmConfig,
+        heads: slice | None = None,
+    ) -> Layout:
+        """``heads``: these of each layer only, a shard of the block (`kvshare.integrations.vllm.sharding`).
+
+        Raises:
+            NamespaceError: a tensor cannot be addressed block by block.
+        """
         group = kv_cache_config.kv_cache_groups[0]
         _require_only_aliases(kv_caches, group.layer_names)
         pages: list[tuple[int, int, int]] = []
         packings = []
         for name in group.layer_names:
-            tensor = kv_caches[name]
+            tensor = kv_caches[name] if heads is None else kv_caches[name][:, heads]
             layer_pages, packing = pages_of(tensor, kv_cache_config.num_blocks)
             pages += layer_pages
             packings.append(f"{packing}/{_backend(vllm_config, name)}")
@@ -77,6 +87,8 @@ class Layout:
             packing += f"/{_instruction_set(vllm_config, group.kv_cache_spec)}"
         layout = cls(bases, strides, lengths, packing, device)
         expected = len(group.layer_names) * group.kv_cache_spec.unpadded_page_size_bytes
+        if heads is not None:
+            expected = expected * (heads.stop - heads.start) // group.kv_cache_spec.num_kv_heads
         if layout.block_bytes != expected:
             raise NamespaceError(f"a block has {layout.block_bytes} bytes where vLLM says {expected}")
         return layout

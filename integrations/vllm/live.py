@@ -16,13 +16,14 @@ Threads: the scheduler's only.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kvshare.device import DeviceTable
+from kvshare.keys import FAMILY_BYTES
 from kvshare.messages import Expose, Message, Shown
 from kvshare.places import Stored
 
@@ -44,16 +45,45 @@ class Completing(NamedTuple):
     begun: npt.NDArray[np.uint64]
 
 
-class LiveCache:
-    """See the module's docstring. ``offer``: how the region is exposed to a node that does not know it."""
+class Exposure:
+    """One shard's region: ``offer``, how it is exposed to a node that does not know it; ``family`` of its keys."""
 
-    def __init__(self, table: DeviceTable, offer: Expose, teller: Teller) -> None:
-        self._table = table
+    def __init__(self, offer: Expose, teller: Teller, family: bytes) -> None:
         self._offer = offer
         self._teller = teller
+        self._family = family
         self._connection = 0  # to which the region was exposed
+
+    def tell(self, places: Mapping[bytes, Place], stored: Mapping[bytes, Place], gone: Sequence[bytes]) -> None:
+        """The node hears what changed; one that does not know the region yet hears everything (``places``)."""
+        connection = self._teller.connections
+        if connection != self._connection:
+            if not self._teller.send(self._offer):
+                return
+            self._connection, stored, gone = connection, places, []
+        region, length = self._offer.region, self._offer.slot_bytes
+        blocks = [Stored(self._key(key), region, place.block, place.generation, length) for key, place in stored.items()]
+        self._teller.send(Shown(blocks, [self._key(key) for key in gone]))
+
+    def _key(self, key: bytes) -> bytes:
+        return self._family + key[FAMILY_BYTES:]
+
+
+class Place(NamedTuple):
+    """Where a block is: vLLM's number of it, and the generation under which it is complete."""
+
+    block: int
+    generation: int
+
+
+class LiveCache:
+    """See the module's docstring. Keys are those of shard 0; one table serves all ranks."""
+
+    def __init__(self, table: DeviceTable, exposures: Sequence[Exposure]) -> None:
+        self._table = table
+        self._exposures = list(exposures)
         self._keys: dict[int, bytes] = {}  # of readable blocks
-        self._places: dict[bytes, Stored] = {}  # what was told; of equal blocks the latest
+        self._places: dict[bytes, Place] = {}  # what was told; of equal blocks the latest
         self._gone: list[bytes] = []
         self._now: list[Completing] = []
         self._under_way: deque[list[Completing]] = deque()  # one for each step that is not back
@@ -66,7 +96,7 @@ class LiveCache:
         for block_id in block_ids:
             key = self._keys.pop(block_id, None)
             place = self._places.get(key) if key is not None else None
-            if key is not None and place is not None and place.slot == block_id:
+            if key is not None and place is not None and place.block == block_id:
                 del self._places[key]
                 self._gone.append(key)
 
@@ -80,21 +110,19 @@ class LiveCache:
         self._under_way.append(self._now)
         self._now = []
         if self._gone:
-            self._tell([])
+            self._tell({})
 
     def returned(self) -> None:
         """The step that was sent first of those under way is back."""
         if not self._under_way:
             return
-        stored: list[Stored] = []
+        stored: dict[bytes, Place] = {}
         for completed in self._under_way.popleft():
             held = self._table.finish(completed.blocks, completed.begun)
             for i in np.flatnonzero(held).tolist():
                 block_id, key = int(completed.blocks[i]), completed.keys[i]
-                block = Stored(key, self._offer.region, block_id, int(completed.begun[i]) + 1, self._offer.slot_bytes)
                 self._keys[block_id] = key
-                self._places[key] = block
-                stored.append(block)
+                self._places[key] = stored[key] = Place(block_id, int(completed.begun[i]) + 1)
         if stored:
             self._tell(stored)
 
@@ -106,24 +134,19 @@ class LiveCache:
         self._places.clear()
         for step in self._under_way:
             step.clear()
-        self._tell([])
+        self._tell({})
 
     def check(self) -> list[str]:
         """Problems found; empty when all is well."""
         problems = []
-        for key, block in self._places.items():
-            if self._keys.get(block.slot) != key:
-                problems.append(f"{key.hex()} is told to be in block {block.slot}, which holds something else")
-            if int(self._table.generations([block.slot])[0]) != block.generation:
-                problems.append(f"block {block.slot} is not readable as told")
+        for key, (block, generation) in self._places.items():
+            if self._keys.get(block) != key:
+                problems.append(f"{key.hex()} is told to be in block {block}, which holds something else")
+            if int(self._table.generations([block])[0]) != generation:
+                problems.append(f"block {block} is not readable as told")
         return problems
 
-    def _tell(self, stored: list[Stored]) -> None:
-        """The node hears what changed; one that does not know the region yet hears everything."""
+    def _tell(self, stored: Mapping[bytes, Place]) -> None:
         gone, self._gone = self._gone, []
-        connection = self._teller.connections
-        if connection != self._connection:
-            if not self._teller.send(self._offer):
-                return
-            self._connection, stored, gone = connection, list(self._places.values()), []
-        self._teller.send(Shown(stored, gone))
+        for exposure in self._exposures:
+            exposure.tell(self._places, stored, gone)

@@ -44,12 +44,13 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
 
 @dataclass
 class Hello(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """The worker knows the KV cache's layout, hence the namespace; None when this engine runs unshared. ``offer``: the cache as
-    a device region, None when peers cannot read it where it lies."""
+    """A worker knows the KV cache's layout, hence the namespaces: one for each shard of a block, in all ranks the same.
+    ``block_bytes``: of a shard. ``offers``: shard -> this rank's part of the cache as a device region; empty when peers cannot
+    read it where it lies."""
 
-    namespace: Namespace | None = None
-    block_bytes: int = 0
-    offer: Expose | None = None
+    namespaces: list[Namespace]
+    block_bytes: int
+    offers: dict[int, Expose] = field(default_factory=dict)
 
 
 COUNTERS = ("blocks_loaded", "bytes_loaded", "blocks_failed", "blocks_saved")

@@ -32,7 +32,6 @@ from kvshare.integrations.vllm.identity import covers_extra_keys
 from kvshare.integrations.vllm.live import LiveCache
 from kvshare.integrations.vllm.metadata import Load, Save, StepMetadata
 from kvshare.loading import LoadPlan
-from kvshare.question import Local
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -54,13 +53,13 @@ class Chain(Protocol):
 
 
 class Lookup(Protocol):
-    """What this half needs of a `kvshare.session.Session`."""
+    """What this half needs of a `kvshare.session.Session`, or of several (`kvshare.integrations.vllm.lookup`)."""
 
     def ask(self, prefix: bytes, hashes: Sequence[bytes]) -> Chain: ...
 
-    def local(self, prefix: bytes, hashes: Sequence[bytes]) -> Local: ...
+    def local(self, prefix: bytes, hashes: Sequence[bytes]) -> Any: ...
 
-    def still(self, local: Local) -> npt.NDArray[np.bool_]: ...
+    def still(self, local: Any) -> npt.NDArray[np.bool_]: ...
 
     def close(self) -> None: ...
 

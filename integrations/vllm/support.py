@@ -24,7 +24,6 @@ def unserved_reason(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
 def _parallel_reason(vllm_config: VllmConfig) -> str:
     parallel = vllm_config.parallel_config
     for name in (
-        "tensor_parallel_size",
         "pipeline_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",

@@ -205,7 +205,6 @@ def test_one_group_of_full_attention_is_served() -> None:
         (vllm_config(), groups(full_attention(sliding_window=64)), "window"),
         (vllm_config(), groups(full_attention(block_size=32)), "32 tokens"),
         (vllm_config(), groups(), "0 groups"),
-        (vllm_config(tensor_parallel_size=2), groups(full_attention()), "tensor_parallel_size is 2"),
         (vllm_config(speculative=SimpleNamespace(method="eagle")), groups(full_attention()), "eagle"),
         (vllm_config(model={"is_diffusion": True}), groups(full_attention()), "diffusion"),
     ],

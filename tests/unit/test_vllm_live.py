@@ -18,13 +18,14 @@ with warnings.catch_warnings():
     pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.base")
 
 from kvshare.device import DeviceTable
-from kvshare.integrations.vllm.live import LiveCache
+from kvshare.integrations.vllm.live import Exposure, LiveCache
+from kvshare.keys import FAMILY_BYTES
 from kvshare.messages import Expose, Message, Shown
 from kvshare.places import ProcessMemory, Stored
 
 BLOCKS, BLOCK_BYTES = 12, 4096
 REGION = 77
-NOTHING = (b"", 0)
+FAMILY = b"f" * FAMILY_BYTES
 
 
 @dataclass
@@ -59,9 +60,13 @@ def table(tmp_path: Path) -> Iterator[DeviceTable]:
     table.unlink()
 
 
+def key(name: object) -> bytes:
+    return FAMILY + str(name).encode()
+
+
 def live_cache(table: DeviceTable, node: Node) -> LiveCache:
     memory = ProcessMemory(1, 1, "", "DRAM", 0, (0,), (BLOCK_BYTES,), (BLOCK_BYTES,), 0, 8)
-    return LiveCache(table, Expose(REGION, table.path, BLOCKS, BLOCK_BYTES, memory), node)
+    return LiveCache(table, [Exposure(Expose(REGION, table.path, BLOCKS, BLOCK_BYTES, memory), node, FAMILY)])
 
 
 def step(live: LiveCache, begun: list[int], completing: dict[bytes, int]) -> None:
@@ -73,11 +78,11 @@ def step(live: LiveCache, begun: list[int], completing: dict[bytes, int]) -> Non
 def test_a_block_is_told_when_its_step_is_back_and_no_longer_when_it_is_handed_out(table: DeviceTable) -> None:
     node = Node()
     live = live_cache(table, node)
-    step(live, [3, 4], {b"k": 3})
+    step(live, [3, 4], {key("k"): 3})
     assert node.blocks == {} and (table.generations([3, 4]) % 2 == 1).all()
     live.returned()
     (told,) = node.blocks.values()
-    assert (told.key, told.region, told.slot, told.length) == (b"k", REGION, 3, BLOCK_BYTES)
+    assert (told.key, told.region, told.slot, told.length) == (key("k"), REGION, 3, BLOCK_BYTES)
     assert table.generations([3])[0] == told.generation and told.generation % 2 == 0
     assert table.generations([4])[0] % 2 == 1
     live.begin([3])
@@ -89,32 +94,32 @@ def test_a_block_is_told_when_its_step_is_back_and_no_longer_when_it_is_handed_o
 def test_a_block_handed_out_again_before_its_step_is_back_is_not_told(table: DeviceTable) -> None:
     node = Node()
     live = live_cache(table, node)
-    step(live, [3], {b"old": 3})
-    step(live, [3], {b"new": 3})
+    step(live, [3], {key("old"): 3})
+    step(live, [3], {key("new"): 3})
     live.returned()
     assert node.blocks == {} and table.generations([3])[0] % 2 == 1
     live.returned()
-    assert list(node.blocks) == [b"new"]
+    assert list(node.blocks) == [key("new")]
 
 
 def test_of_equal_blocks_the_one_that_stays_is_told_of(table: DeviceTable) -> None:
     node = Node()
     live = live_cache(table, node)
-    step(live, [1, 2], {b"k": 1})
-    step(live, [], {b"k": 2})
+    step(live, [1, 2], {key("k"): 1})
+    step(live, [], {key("k"): 2})
     live.returned()
     live.returned()
     step(live, [1], {})
-    assert node.blocks[b"k"].slot == 2
+    assert node.blocks[key("k")].slot == 2
     assert live.check() == []
 
 
 def test_a_reset_takes_everything_back_and_steps_under_way_bring_nothing(table: DeviceTable) -> None:
     node = Node()
     live = live_cache(table, node)
-    step(live, [1], {b"a": 1})
+    step(live, [1], {key("a"): 1})
     live.returned()
-    step(live, [2], {b"b": 2})
+    step(live, [2], {key("b"): 2})
     live.reset()
     live.returned()
     assert node.blocks == {} and (table.generations([1, 2]) % 2 == 1).all()
@@ -123,17 +128,17 @@ def test_a_reset_takes_everything_back_and_steps_under_way_bring_nothing(table: 
 def test_a_node_that_restarted_is_told_everything_anew(table: DeviceTable) -> None:
     node = Node()
     live = live_cache(table, node)
-    step(live, [1, 2], {b"a": 1, b"b": 2})
+    step(live, [1, 2], {key("a"): 1, key("b"): 2})
     live.returned()
     node.restart()
     node.away = True
-    step(live, [3], {b"c": 3})
+    step(live, [3], {key("c"): 3})
     live.returned()
     assert node.blocks == {}
     node.away = False
-    step(live, [4, 1], {b"d": 4})
+    step(live, [4, 1], {key("d"): 4})
     live.returned()
-    assert sorted(node.blocks) == [b"b", b"c", b"d"]
+    assert sorted(node.blocks) == [key("b"), key("c"), key("d")]
 
 
 class World:
@@ -177,7 +182,7 @@ class World:
             self.drop(next(iter(self.requests)))  # preempted, or aborted: its blocks go to whoever comes next
         blocks = [self.free.popleft() for _ in range(count)]
         self.requests[self.random.getrandbits(60)] = blocks
-        written = {block: b"key %d" % self.random.randrange(40) for block in blocks}
+        written = {block: key(self.random.randrange(40)) for block in blocks}
         done = [block for block in blocks if self.random.random() < 0.7]
         written |= {block: b"half of something" for block in blocks if block not in done}
         self.live.begin(blocks)

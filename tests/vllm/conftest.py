@@ -218,9 +218,9 @@ class House:
         """True when the node holds that many blocks."""
         return eventually(lambda: self.counter("stored") >= blocks)
 
-    def child(self, name: str) -> EngineChild:
+    def child(self, name: str, **environment: str) -> EngineChild:
         """A process whose engine has a scheduler's and a worker's process beside it, as `vllm serve` has."""
-        child = EngineChild(self.folder / f"{name}.log", {})
+        child = EngineChild(self.folder / f"{name}.log", environment)
         self.engines.append(child)
         return child
 
