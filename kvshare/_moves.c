@@ -8,7 +8,7 @@
 #include <sys/uio.h>
 #include <time.h>
 
-#define IOVECS_MAX 1024 /* the kernel's limit for one sendmsg or recvmsg */
+#define IOVECS_MAX 1024 /* the kernel's limit for one system call */
 #define CALL_LIMIT 250000 /* microseconds */
 #define PIECE_BYTES (256 << 10) /* received, then hashed: small enough to be in the second-level cache still */
 
@@ -193,4 +193,53 @@ Outcome stream_run(Stream *stream)
     limit_calls(stream, before);
     errno = error;
     return outcome;
+}
+
+/* --- other processes -------------------------------------------------------------------------------------------- */
+
+/* One side of a call; `filled` vectors. */
+typedef struct {
+    struct iovec vectors[IOVECS_MAX];
+    size_t filled;
+} Vectors;
+
+/* Add a range, as part of the one before it where that goes on here: each vector costs the kernel about as much as a page. */
+static void add_range(Vectors *side, uint64_t address, uint64_t length)
+{
+    struct iovec *vectors = side->vectors;
+    size_t filled = side->filled;
+    if (filled > 0 && (uint64_t)(uintptr_t)vectors[filled - 1].iov_base + vectors[filled - 1].iov_len == address) {
+        vectors[filled - 1].iov_len += length;
+        return;
+    }
+    vectors[filled].iov_base = pointer(address);
+    vectors[filled].iov_len = length;
+    side->filled = filled + 1;
+}
+
+int read_process(pid_t pid, const uint64_t *targets, const uint64_t *sources, const uint64_t *lengths, size_t count)
+{
+    Vectors ours, theirs;
+    size_t range = 0;
+    uint64_t offset = 0; /* bytes of that range that are done */
+    for (;;) {
+        ours.filled = theirs.filled = 0;
+        uint64_t skipped = offset;
+        for (size_t i = range; i < count && ours.filled < IOVECS_MAX && theirs.filled < IOVECS_MAX; i++) {
+            if (lengths[i] > skipped) {
+                add_range(&ours, targets[i] + skipped, lengths[i] - skipped);
+                add_range(&theirs, sources[i] + skipped, lengths[i] - skipped);
+            }
+            skipped = 0;
+        }
+        if (ours.filled == 0)
+            return 0;
+        ssize_t moved = process_vm_readv(pid, ours.vectors, ours.filled, theirs.vectors, theirs.filled, 0);
+        if (moved <= 0)
+            return moved < 0 ? errno : EFAULT;
+        /* The kernel stops early at memory that is not there, and says so when it is asked to begin with it. */
+        offset += (uint64_t)moved;
+        while (range < count && offset >= lengths[range])
+            offset -= lengths[range++];
+    }
 }

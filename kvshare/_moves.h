@@ -2,6 +2,8 @@
 #ifndef KVSHARE_MOVES_H
 #define KVSHARE_MOVES_H
 
+#include <sys/types.h>
+
 #include "_xxh3.h"
 
 typedef enum { MOVED, TIMED_OUT, CLOSED, FAILED, GARBLED, INTERRUPTED } Outcome;
@@ -49,5 +51,9 @@ typedef struct {
 
 /* Move all ranges, from the first. */
 Outcome stream_run(Stream *stream);
+
+/* Copy ranges of another process's memory into ours. 0, or why not all were copied: an errno, EFAULT for memory that is not
+ * mapped (there or here), ESRCH for a process that is gone, EPERM for one that may not be read. */
+int read_process(pid_t pid, const uint64_t *targets, const uint64_t *sources, const uint64_t *lengths, size_t count);
 
 #endif

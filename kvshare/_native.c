@@ -213,6 +213,33 @@ static PyObject *recv_slots(PyObject *Py_UNUSED(module), PyObject *const *args, 
     return outcome == MOVED ? PyLong_FromSize_t(reception.ok) : raise_outcome(outcome, error);
 }
 
+/* --- other processes -------------------------------------------------------------------------------------------- */
+
+static PyObject *read_process_(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    static const char *const names[] = {"targets", "sources", "lengths"};
+    Array arrays[3];
+    if (nargs != 4) {
+        PyErr_SetString(PyExc_TypeError, "read_process(pid, targets, sources, lengths)");
+        return NULL;
+    }
+    long pid = PyLong_AsLong(args[0]);
+    if (PyErr_Occurred() || take_equal(args + 1, names, 3, arrays) < 0)
+        return NULL;
+    uint64_t total = 0;
+    for (Py_ssize_t i = 0; i < arrays[2].count; i++)
+        total += arrays[2].items[i];
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    error = read_process((pid_t)pid, arrays[0].items, arrays[1].items, arrays[2].items, (size_t)arrays[0].count);
+    Py_END_ALLOW_THREADS
+    give_arrays(arrays, 3);
+    if (error == 0)
+        return PyLong_FromUnsignedLongLong(total);
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
 /* --- generations ------------------------------------------------------------------------------------------------ */
 
 static PyObject *read_slots_(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
@@ -321,6 +348,7 @@ static PyMethodDef methods[] = {
     {"read_slots", (PyCFunction)(void (*)(void))read_slots_, METH_FASTCALL, NULL},
     {"send_slots", send_slots, METH_VARARGS, NULL},
     {"recv_slots", (PyCFunction)(void (*)(void))recv_slots, METH_FASTCALL, NULL},
+    {"read_process", (PyCFunction)(void (*)(void))read_process_, METH_FASTCALL, NULL},
     {"load_generations", load_generations, METH_VARARGS, NULL},
     {"store_generation", store_generation, METH_VARARGS, NULL},
     {"view", view, METH_VARARGS, NULL},

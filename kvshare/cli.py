@@ -163,6 +163,8 @@ def _status(settings: Settings, options: argparse.Namespace) -> int:
         "directory": status.directory,
         "sessions": status.sessions,
         "regions": [msgspec.structs.asdict(region) for region in status.node.regions],
+        "engines": [{"engine": engine.node, "blocks": engine.regions[0].slots} for engine in status.engines],
+        "paths": status.paths,
         "counters": status.counters,
     }
     if options.json:
@@ -172,6 +174,10 @@ def _status(settings: Settings, options: argparse.Namespace) -> int:
         print(f"{name:<12}{described[name] if described[name] != '' else '-'}")
     for region in status.node.regions:
         print(f"{'region':<12}slots of {region.slot_bytes} bytes, at most {region.slots}, in {region.data_path}")
+    for engine in status.engines:
+        print(f"{'engine':<12}{engine.node}, whose KV cache of {engine.regions[0].slots} blocks can be read where it lies")
+    for where, way in sorted(status.paths.items()):
+        print(f"{'path':<12}{where}: {way}")
     for name, count in sorted(status.counters.items()):
         print(f"{'counter':<12}{name} {count}")
     return 0

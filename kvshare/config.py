@@ -23,6 +23,7 @@ from kvshare.errors import ConfigError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PREFIX = "KVSHARE_"
+TRANSPORTS = ("shm", "process", "tcp")
 # Set by the launcher, not settings: read by other modules under these names.
 RESERVED = frozenset({"KVSHARE_LOG_LEVEL"})
 _UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "kb": 1000, "m": MIB, "mib": MIB, "mb": 10**6, "g": GIB, "gib": GIB, "gb": 10**9}
@@ -53,7 +54,7 @@ class Settings:
     bind: str = "127.0.0.1"  # address that peers reach this host by
     port: int = 0  # control port; 0 takes a free one
     directory: str = ""  # "host:port" of the directory; empty: this host is alone
-    transports: tuple[str, ...] = ("shm", "tcp")  # in order of preference
+    transports: tuple[str, ...] = TRANSPORTS  # in order of preference
     tcp_streams: int = 2  # data connections to one peer
     message_bytes_max: int = 64 * MIB
 
@@ -151,8 +152,8 @@ class Settings:
                 positive = value > 0 or (value == 0 and field.name in ("warm_seconds", "idle_exit_seconds", "publish_seconds"))
                 _require(positive and value < 1e9, field.name, value, "use a positive number of seconds")
         for transport in self.transports:
-            _require(transport in ("shm", "tcp"), "transports", transport, "use 'shm', 'tcp' or both")
-        _require(bool(self.transports), "transports", self.transports, "name at least one of 'shm', 'tcp'")
+            _require(transport in TRANSPORTS, "transports", transport, f"use some of {', '.join(TRANSPORTS)}")
+        _require(bool(self.transports), "transports", self.transports, f"name at least one of {', '.join(TRANSPORTS)}")
         if self.directory:
             _require(re.fullmatch(r"\S+:\d{1,5}", self.directory) is not None, "directory", self.directory, "use 'host:port'")
             _require(

@@ -46,6 +46,18 @@ def recv_ranges(fd: int, addresses: U64, lengths: U64, seconds: float) -> int:
     return received
 
 
+def read_process(pid: int, targets: U64, sources: U64, lengths: U64) -> int:
+    """Copy ``lengths[i]`` bytes from ``sources[i]`` in the memory of process ``pid`` to ``targets[i]`` in ours, all uint64 [n];
+    returns the bytes copied, which are all. What lies side by side costs no more than one range.
+
+    Raises:
+        OSError: not all were copied. EFAULT: one side is not mapped there; ProcessLookupError: the process is gone;
+            PermissionError: it may not be read by us.
+    """
+    copied: int = _native.read_process(pid, _u64(targets), _u64(sources), _u64(lengths))
+    return copied
+
+
 def load_generations(table_address: int, stride: int, slots: I64, out: U64) -> None:
     """Load the u64 at ``table_address + stride * slots[i]`` into ``out[i]``, after all that this thread read before.
 

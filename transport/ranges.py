@@ -41,10 +41,13 @@ def spans(targets: U64, target_bytes: U64, sources: U64, source_bytes: U64) -> S
     length = int(target_bytes.sum())
     if int(source_bytes.sum()) < length:
         raise ValueError(f"blocks of {int(source_bytes.sum())} bytes cannot fill blocks of {length}")
+    if np.array_equal(target_bytes, source_bytes):  # the common case, told fast: a page is a page
+        lengths = np.broadcast_to(target_bytes, targets.shape)
+        return Spans(targets.reshape(-1), sources.reshape(-1), lengths.reshape(-1))
     target_ends, source_ends = np.cumsum(target_bytes), np.cumsum(source_bytes)
     ends = np.union1d(target_ends, source_ends)
-    ends = ends[ends <= np.uint64(length)]
-    starts = np.concatenate([np.zeros(1, np.uint64), ends[:-1]])
+    ends = ends[(ends > 0) & (ends <= np.uint64(length))]
+    starts = np.concatenate([np.zeros(1, np.uint64), ends])[:-1]
     lengths = ends - starts
     # Of each span: the page that it lies in, and where in it.
     target_page = np.searchsorted(target_ends, starts, side="right")

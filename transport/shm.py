@@ -50,7 +50,7 @@ class ShmTransport(MappedTransport):
             self._own.pop(region.table_path, None)
 
     def reaches(self, description: RegionDescription) -> bool:
-        return description.host_id == self._host_id and bool(description.table_path)
+        return description.host_id == self._host_id and bool(description.data_path)
 
     def region_of(self, description: RegionDescription) -> Region:
         """The mapping of a region. Raises OSError or RegionError: its files are gone or damaged."""

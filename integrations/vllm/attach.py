@@ -96,7 +96,7 @@ def attach_worker(
     if first:
         log.info("kvshare: shares blocks of %d bytes as %s", layout.block_bytes, namespaces[0].family().hex())
     offers = {shard: _offer(part, table) for shard, part in zip(shards.own, layouts, strict=True) if part.device == "cpu"}
-    return WorkerHalf(pages, close), Hello(namespaces, layout.block_bytes, offers)
+    return WorkerHalf(pages, mover.measured, close), Hello(namespaces, layout.block_bytes, offers)
 
 
 def _layouts(
@@ -122,6 +122,7 @@ def _device_table(settings: Settings, layout: Layout, blocks: int) -> DeviceTabl
 
 def _offer(layout: Layout, table: DeviceTable | None) -> Expose:
     """How peers find a shard of the rank's blocks. The first rank's table is that of all."""
+    processes.allow_reading()
     pid = os.getpid()
     bases, strides, lengths = (tuple(column.tolist()) for column in (layout.bases, layout.strides, layout.page_bytes))
     path, slots, address = ("", 0, 0) if table is None else (table.path, table.slots, table.table_address)

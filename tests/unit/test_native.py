@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import mmap
+import os
 import random
 import signal
 import socket
+import subprocess
 import threading
 
 import hypothesis
@@ -350,3 +355,80 @@ def test_arguments_that_do_not_fit_together_are_refused_before_memory_is_touched
         native.copy_ranges(wrong, wrong, wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="differ in length"):
         native.load_generations(0, 8, np.zeros(1, np.int64), two)
+
+
+# --- other processes -------------------------------------------------------------------------------------------------
+
+
+@hypothesis.given(shapes, some.integers(0, 1 << 30))
+@hypothesis.settings(max_examples=100)
+def test_ranges_of_a_process_arrive_as_they_are(lengths: list[list[int]], seed: int) -> None:
+    sources, targets = Ranges(lengths, seed), Ranges(lengths, seed + 7)
+    copied = native.read_process(os.getpid(), targets.addresses.ravel(), sources.addresses.ravel(), sources.lengths.ravel())
+    assert copied == sources.lengths.sum()
+    assert [targets.block(i) for i in range(len(lengths))] == [sources.block(i) for i in range(len(lengths))]
+
+
+@pytest.mark.parametrize("scattered", ["targets", "sources", "both", "neither"])
+def test_more_ranges_than_one_system_call_takes_arrive(scattered: str) -> None:
+    """On a side that is not scattered all ranges are one to the system: the two sides are cut differently."""
+    count, length = 5000, 24
+    order = np.random.default_rng(1).permutation(count).astype(np.uint64)
+    source = np.random.default_rng(2).integers(0, 256, 2 * count * length, np.uint8)
+    target = np.zeros(len(source), np.uint8)
+
+    def side(memory: npt.NDArray[np.uint8], name: str) -> U64:
+        places = order * np.uint64(2) if scattered in (name, "both") else np.arange(count, dtype=np.uint64)
+        return np.uint64(native.address_of(memory)) + places * np.uint64(length)
+
+    targets, sources = side(target, "targets"), side(source, "sources")
+    assert native.read_process(os.getpid(), targets, sources, np.full(count, length, np.uint64)) == count * length
+    expected = np.zeros_like(target)
+    offsets = targets - np.uint64(native.address_of(target)), sources - np.uint64(native.address_of(source))
+    for to, origin in zip(*(side.tolist() for side in offsets), strict=True):
+        expected[to : to + length] = source[origin : origin + length]
+    assert np.array_equal(target, expected)
+
+
+@pytest.mark.parametrize("at", [0, 1, 1023, 1024, 1999])
+def test_memory_that_is_not_mapped_is_an_error_wherever_it_comes(at: int) -> None:
+    memory = np.zeros(4096, np.uint8)
+    sources = np.full(2000, native.address_of(memory), np.uint64)
+    sources[at] = 16
+    targets = np.uint64(native.address_of(memory)) + np.arange(2000, dtype=np.uint64)
+    with pytest.raises(OSError) as raised:
+        native.read_process(os.getpid(), targets, sources, np.ones(2000, np.uint64))
+    assert raised.value.errno == errno.EFAULT
+    with pytest.raises(OSError):
+        native.read_process(os.getpid(), sources, targets, np.ones(2000, np.uint64))
+
+
+def test_a_range_that_runs_into_memory_that_may_not_be_read_is_an_error() -> None:
+    """The system stops in the middle of such a range and says how far it came."""
+    with mmap.mmap(-1, 4 * mmap.PAGESIZE) as room, mmap.mmap(-1, 4 * mmap.PAGESIZE) as target:
+        start = native.address_of(room)
+        forbid = ctypes.c_void_p(start + 2 * mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), 0
+        assert ctypes.CDLL(None).mprotect(*forbid) == 0
+        ranges = np.array([[native.address_of(target)], [start], [4 * mmap.PAGESIZE]], np.uint64)
+        with pytest.raises(OSError) as raised:
+            native.read_process(os.getpid(), *ranges)
+        assert raised.value.errno == errno.EFAULT
+
+
+def test_a_process_that_is_not_there_is_an_error() -> None:
+    one = np.full(1, native.address_of(np.zeros(8, np.uint8)), np.uint64)
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    with pytest.raises(ProcessLookupError):
+        native.read_process(ended.pid, one, one, np.ones(1, np.uint64))
+
+
+def test_no_ranges_of_a_process_are_no_call() -> None:
+    none = np.empty(0, np.uint64)
+    assert native.read_process(os.getpid(), none, none, none) == 0
+    assert native.read_process(os.getpid(), *np.zeros((3, 5), np.uint64)) == 0
+
+
+def test_unequal_numbers_of_ranges_of_a_process_are_an_error() -> None:
+    with pytest.raises(ValueError, match="differ in length"):
+        native.read_process(os.getpid(), *(np.zeros(count, np.uint64) for count in (1, 2, 2)))

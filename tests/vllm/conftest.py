@@ -167,7 +167,7 @@ class EngineChild:
 class House:
     """A host of the tests' own: folders, settings, a node that can be killed, engines."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **changes: Any) -> None:
         self.folder = folder
         # Sockets have short names: not under pytest's long ones.
         self.run = Path(tempfile.mkdtemp(prefix="kvt-"))
@@ -175,7 +175,8 @@ class House:
             {
                 "cluster": f"test-{os.getpid()}-{secrets.token_hex(3)}", "runtime_dir": str(self.run),
                 "arena_bytes": "512MiB", "autostart": False, "attach_seconds": 20.0, "quarantine_seconds": 0.5,
-            },
+            }
+            | changes,
             environ={},
         )  # fmt: skip
         self.node: subprocess.Popen[bytes] | None = None
