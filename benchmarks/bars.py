@@ -1,10 +1,11 @@
 """The bars: what every figure must reach. Measures afresh, prints one line per bar, keeps the figures.
 
-    python benchmarks/bars.py [--only NAME[,NAME]] [--issue N]      ->  ok|short NAME VALUE LIMIT UNIT
+    python benchmarks/bars.py [--only NAME[,NAME]] [--issue N]      ->  ok|short NAME VALUE LIMIT UNIT, or skip NAME REASON
 
 Each script that a wanted bar names runs once, as ``python SCRIPT --json OUT``; OUT holds ``{"figures": {name: {"value",
 "unit"}}, "detail": {...}}``. What it found is kept in ``benchmarks/results/SCRIPT.json`` with commit, machine and command.
-Lines go to stdout, progress and a failed script's last words to stderr. Exit code: 0 all ok, 1 some short, 2 bad arguments.
+Lines go to stdout, progress and a failed script's last words to stderr. A script that cannot measure on this machine ends with
+exit code 77 and the reason in its last line on stderr: its bars are skipped. Exit code: 0 none short, 1 some, 2 bad arguments.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ from typing import Any, Literal
 FOLDER = Path(__file__).resolve().parent
 SCRIPT_SECONDS_MAX = 1800
 STDERR_LINES = 20
+SKIPPED = 77
+
+
+class Skipped(Exception):
+    """A script cannot measure on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,8 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def measure(script: Path, results: Path) -> dict[str, float]:
-    """Run one script and keep what it found. Returns its figures; none when it failed, whose reason goes to stderr."""
+    """Run one script and keep what it found. Returns its figures; none when it failed, whose reason goes to stderr.
+    Raises Skipped."""
     head, dirty = commit(script.parent)
     began = datetime.datetime.now(datetime.UTC)
     with tempfile.TemporaryDirectory(prefix="kvshare-bars-") as folder:
@@ -174,6 +181,8 @@ def _run(script: Path, out: Path) -> dict[str, Any] | None:
         if done.returncode == 0:
             found: dict[str, Any] = json.loads(out.read_text())
             return found
+        if done.returncode == SKIPPED:
+            raise Skipped(done.stderr.strip().rpartition("\n")[2])
         reason = f"exit code {done.returncode}\n" + "\n".join(done.stderr.splitlines()[-STDERR_LINES:])
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -197,8 +206,14 @@ def main(
         return 2
     ok = True
     for script in dict.fromkeys(bar.script for bar in wanted):
-        figures = measure(folder / script, folder / "results")
-        for bar in (bar for bar in wanted if bar.script == script):
+        ours = [bar for bar in wanted if bar.script == script]
+        try:
+            figures = measure(folder / script, folder / "results")
+        except Skipped as reason:
+            for bar in ours:
+                print(f"skip {bar.name} {reason}", flush=True)
+            continue
+        for bar in ours:
             value = figures.get(bar.name, math.nan)
             print(bar.line(value), flush=True)
             ok = ok and bar.holds(value)

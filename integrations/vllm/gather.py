@@ -8,15 +8,16 @@
 
 `PageRows` is one tensor over the whole KV cache, whatever its memory order and however many allocations it lies in: its rows
 overlap, one begins wherever a page may begin. `Stager` has two pieces and two lanes (streams): while one piece is copied to or
-from pinned memory, the pages of the other are gathered or scattered.
+from pinned memory, the pages of the other are gathered or scattered. `Pinned` is that memory, block by block.
 
-Threads: a `Stager` belongs to one. `PageRows` and `digests` may be used by any.
+Threads: a `Stager` belongs to one, the rest may be used by any.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,7 +26,9 @@ import numpy.typing as npt
 import torch
 
 from kvshare.integrations.vllm.layout import Layout
+from kvshare.transport.base import Targets
 
+SLAB_BYTES = 32 << 20  # pinned at once
 PIECE_BYTES = 16 << 20  # two of these are taken of the device's memory; a copy of this size is at the bus's full rate
 DIGEST_BYTES = 64 << 20  # mixed at once by `digests`, which needs about three times that for itself
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -76,9 +79,7 @@ class PageRows:
     def __init__(self, layout: Layout, kv_caches: Mapping[str, torch.Tensor]) -> None:
         self._memory = tuple(kv_caches.values())  # keeps alive what `view` only points to
         self.block_bytes = layout.block_bytes
-        bases, strides, lengths = (
-            column.astype(np.int64) for column in (layout.bases, layout.strides, layout.page_bytes)
-        )
+        bases, strides, lengths = (column.astype(np.int64) for column in (layout.bases, layout.strides, layout.page_bytes))
         self.blocks = _blocks(bases, strides, lengths, self._memory)
         width = int(np.gcd.reduce(lengths))
         parts = lengths // width  # of each page: one row, unless pages are of unequal length
@@ -102,7 +103,8 @@ class PageRows:
         ids = np.asarray(block_ids, np.int64)
         # On a device a row that is not there would not be an error but the end of its context.
         assert not len(ids) or (ids.min() >= 0 and ids.max() < self.blocks)
-        return (self._bases[None, :] + ids[:, None] * self._strides[None, :]).reshape(-1)
+        rows: I64 = self._bases[None, :] + ids[:, None] * self._strides[None, :]
+        return rows.reshape(-1)
 
 
 def _blocks(bases: I64, strides: I64, lengths: I64, tensors: Sequence[torch.Tensor]) -> int:
@@ -114,61 +116,111 @@ def _blocks(bases: I64, strides: I64, lengths: I64, tensors: Sequence[torch.Tens
     return int((1 + room // strides).min())
 
 
+class Pinned:
+    """Room for blocks in pinned memory, which is used again and again: pinning takes milliseconds. It grows, slab by slab, to
+    the most that was needed at once.
+
+    A place is a block's number: ``slab * blocks_per_slab + row``. Threads: any.
+    """
+
+    def __init__(self, device: Device, block_bytes: int, slab_bytes: int = SLAB_BYTES) -> None:
+        self._device = device
+        self.block_bytes = block_bytes
+        self.blocks_per_slab = max(1, slab_bytes // block_bytes)
+        self._slabs: list[torch.Tensor] = []  # uint8 [blocks_per_slab, block_bytes] each
+        self._free = np.empty(0, np.bool_)  # of every place
+        self._lock = threading.Lock()
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there is room for without pinning more."""
+        return len(self._free)
+
+    def take(self, blocks: int) -> I64:
+        """Places for so many blocks, int64 [blocks], neighbours where possible.
+
+        Raises:
+            RuntimeError: the system has no more pinned memory to give.
+        """
+        with self._lock:
+            while np.count_nonzero(self._free) < blocks:
+                self._slabs.append(self._device.pinned(self.blocks_per_slab, self.block_bytes))
+                self._free = np.concatenate([self._free, np.ones(self.blocks_per_slab, np.bool_)])
+            places = np.flatnonzero(self._free)[:blocks]
+            self._free[places] = False
+            return places
+
+    def give(self, places: I64) -> None:
+        """These are free again: nothing uses them any more."""
+        with self._lock:
+            assert not self._free[places].any()
+            self._free[places] = True
+
+    def runs(self, places: I64) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Memory uint8 [n, block_bytes] for each run of neighbours, and which of ``places`` these are."""
+        begins = np.ones(len(places), np.bool_)
+        begins[1:] = (np.diff(places) != 1) | (places[1:] % self.blocks_per_slab == 0)
+        starts = np.flatnonzero(begins).tolist()
+        for begin, end in zip(starts, [*starts[1:], len(places)], strict=True):
+            slab, row = divmod(int(places[begin]), self.blocks_per_slab)
+            yield self._slabs[slab][row : row + end - begin], slice(begin, end)
+
+    def targets(self, places: I64) -> Targets:
+        """These places, for a load or a save."""
+        slab, row = np.divmod(places, self.blocks_per_slab)
+        bases = np.array([one.data_ptr() for one in self._slabs], np.uint64)
+        addresses = bases[slab] + row.astype(np.uint64) * np.uint64(self.block_bytes)
+        return Targets(addresses.reshape(-1, 1), np.array([self.block_bytes], np.uint64))
+
+
 class Piece:
     """Device memory for some blocks, and which rows they are."""
 
     def __init__(self, pages: PageRows, device: Device, blocks: int) -> None:
         rows = blocks * pages.rows_per_block
         self.memory = torch.empty((rows, pages.view.shape[1]), dtype=pages.view.dtype, device=pages.view.device)
+        self.blocks = self.memory.view(blocks, -1).view(torch.uint8)
         self.rows = torch.empty(rows, dtype=torch.int64, device=pages.view.device)
         self.pinned_rows = device.pinned(1, 8 * rows).view(torch.int64)[0]
         self.used: Any = None  # the mark after which nothing uses any of them
-
-    def blocks(self, rows: int, words: int) -> torch.Tensor:
-        """The first ``rows`` rows as [blocks, words]."""
-        return self.memory[:rows].view(-1, words)
 
 
 class Stager:
     """Moves blocks between pages and pinned memory. See the module's docstring.
 
     `gather` and `scatter` return a mark as soon as all is given to the device, which may be close to its end: they wait
-    for a piece to be free. Until that mark is reached the caller leaves the pinned memory alone. After an exception it
-    calls `settle` first.
+    for a piece to be free. Until that mark is reached the places stay the caller's. After an exception, `settle` first.
     """
 
-    def __init__(self, pages: PageRows, device: Device, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(self, pages: PageRows, pinned: Pinned, device: Device, piece_bytes: int = PIECE_BYTES) -> None:
         self._pages = pages
+        self._pinned = pinned
         self._device = device
         self._piece_blocks = max(1, piece_bytes // pages.block_bytes)
         self._pieces = [Piece(pages, device, self._piece_blocks) for _ in range(2)]
         self._turn = 0
         self._paging, self._copying = device.lane(), device.lane()
-        self._block_words = pages.rows_per_block * pages.view.shape[1]
 
-    def gather(self, block_ids: Sequence[int] | I64, staging: torch.Tensor, after: Any) -> Any:
-        """Copy blocks into ``staging``, pinned uint8 [blocks, block_bytes]. Pages are read after the mark ``after``."""
-        staged = staging.view(self._pages.view.dtype)
+    def gather(self, block_ids: Sequence[int] | I64, places: I64, after: Any) -> Any:
+        """Copy each block to its place. Pages are read after the mark ``after``."""
         done = after
-        for start in range(0, len(block_ids), self._piece_blocks):
-            target = staged[start : start + self._piece_blocks]
-            piece, rows = self._next(block_ids[start : start + self._piece_blocks])
+        for start in range(0, len(places), self._piece_blocks):
+            chosen = slice(start, start + self._piece_blocks)
+            piece, rows = self._next(block_ids[chosen])
             self._paging.after(after)
             self._paging.run(partial(self._collect, piece, rows))
             self._copying.after(self._paging.mark())
-            self._copying.run(partial(target.copy_, piece.blocks(rows, self._block_words), non_blocking=True))
+            self._copying.run(partial(self._copy_out, piece, places[chosen]))
             done = piece.used = self._copying.mark()
         return done
 
-    def scatter(self, staging: torch.Tensor, positions: I64, block_ids: Sequence[int] | I64, after: Any) -> Any:
-        """Copy the blocks at ``positions`` (int64 [n], ascending) of ``staging``, pinned uint8 [blocks, block_bytes], to the
-        blocks ``block_ids`` (n of them, each once). Pages are written to after the mark ``after``."""
-        staged = staging.view(self._pages.view.dtype)
+    def scatter(self, places: I64, block_ids: Sequence[int] | I64, after: Any) -> Any:
+        """Copy what is at each place to its block (each once). Pages are written to after the mark ``after``."""
         done = after
-        for start in range(0, len(positions), self._piece_blocks):
-            chosen = positions[start : start + self._piece_blocks]
-            piece, rows = self._next(block_ids[start : start + self._piece_blocks])
-            self._copying.run(partial(_copy_rows, piece.blocks(rows, self._block_words), staged, chosen))
+        for start in range(0, len(places), self._piece_blocks):
+            chosen = slice(start, start + self._piece_blocks)
+            piece, rows = self._next(block_ids[chosen])
+            self._copying.run(partial(self._copy_in, piece, rows, places[chosen]))
             self._paging.after(self._copying.mark())
             self._paging.after(after)
             self._paging.run(partial(self._distribute, piece, rows))
@@ -195,16 +247,17 @@ class Stager:
         torch.index_select(self._pages.view, 0, piece.rows[:rows], out=piece.memory[:rows])
 
     def _distribute(self, piece: Piece, rows: int) -> None:
-        piece.rows[:rows].copy_(piece.pinned_rows[:rows], non_blocking=True)
         self._pages.view.index_copy_(0, piece.rows[:rows], piece.memory[:rows])
 
+    def _copy_out(self, piece: Piece, places: I64) -> None:
+        for memory, which in self._pinned.runs(places):
+            memory.copy_(piece.blocks[which], non_blocking=True)
 
-def _copy_rows(target: torch.Tensor, source: torch.Tensor, chosen: I64) -> None:
-    """The ``chosen`` rows of ``source``, one behind the other: one copy for each run of neighbours."""
-    starts = np.flatnonzero(np.diff(chosen, prepend=chosen[0] - 2) != 1).tolist()
-    for begin, end in zip(starts, [*starts[1:], len(chosen)], strict=True):
-        first = int(chosen[begin])
-        target[begin:end].copy_(source[first : first + end - begin], non_blocking=True)
+    def _copy_in(self, piece: Piece, rows: int, places: I64) -> None:
+        # In this lane: in the other one it would come behind the next piece on the bus, and that piece would wait for it.
+        piece.rows[:rows].copy_(piece.pinned_rows[:rows], non_blocking=True)
+        for memory, which in self._pinned.runs(places):
+            piece.blocks[which].copy_(memory, non_blocking=True)
 
 
 # --- digests --------------------------------------------------------------------------------------------------------------
@@ -218,9 +271,9 @@ def digests(pages: PageRows, block_ids: Sequence[int] | I64) -> torch.Tensor:
     """A number for each block, int64 [blocks] on the device, computed there on the current stream: to compare copies of blocks
     without moving them.
 
-    The sum, modulo 2**64, of the mixed words of a block, each with a constant of its position added before. Words are of 8 bytes, or of the
-    most that divide a block. Any change within one word changes the digest; other changes go unnoticed once in
-    2**64, unless somebody wants them to: this is no defence against an adversary. It is not the checksum of a slot's header.
+    The sum, modulo 2**64, of the mixed words of a block, to each of which a constant of its position was added before. Words
+    have 8 bytes, or the most that divide a block. Any change within one word changes the digest; other changes go
+    unnoticed once in 2**64, unless somebody makes them so: it is no defence, and not the checksum of a slot's header.
     """
     device = pages.view.device
     word = math.gcd(pages.block_bytes, 8)

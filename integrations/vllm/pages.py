@@ -21,25 +21,27 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from kvshare.integrations.vllm.gather import Device, Lane, PageRows, Stager
+from kvshare.integrations.vllm.gather import I64, Device, Lane, PageRows, Pinned, Stager
 from kvshare.integrations.vllm.layout import Layout
 from kvshare.loading import LoadPlan
-from kvshare.transport.base import BlockStatus, Completion, Targets, Transfer
+from kvshare.transport.base import BlockStatus, Completion, Transfer
 
 if TYPE_CHECKING:
     from kvshare.mover import Mover, SaveJob
 
 log = logging.getLogger("kvshare")
+Work = TypeVar("Work")
 
-SLAB_BYTES = 32 << 20  # of pinned memory; the unit of a save
-SLABS_AT_START = 4  # pinned before the first request: ten milliseconds each
+SAVE_BYTES = 32 << 20  # handed over at once
+PINNED_AT_START_BYTES = 64 << 20  # before the first request, which would have to wait for it
 
 
 class Saving(Protocol):
@@ -123,45 +125,35 @@ class Cuda:
             return torch.empty((rows, row_bytes), dtype=torch.uint8, pin_memory=True)
 
 
-class Slabs:
-    """Pinned memory that is used again and again; there is never less of it than the most that was needed at once.
+class AtOnce:
+    """A device that is the CPU: all is done when it is given. For tests, and for rehearsing what needs a GPU."""
 
-    A slab is uint8 [blocks, block_bytes]. Threads: any.
-    """
+    def mark(self) -> None:
+        pass
 
-    def __init__(self, device: Device, block_bytes: int) -> None:
-        self._device = device
-        self.blocks = max(1, SLAB_BYTES // block_bytes)
-        self.block_bytes = block_bytes
-        self._free: list[torch.Tensor] = []
-        self._lock = threading.Lock()
-        self.give(self.take(SLABS_AT_START * self.blocks))
+    def lane(self) -> Lane:
+        return self
 
-    def take(self, blocks: int) -> list[torch.Tensor]:
-        """As many as these blocks fill. Raises RuntimeError when the system has no more pinned memory to give."""
-        wanted = -(-blocks // self.blocks)
-        with self._lock:
-            kept = max(0, len(self._free) - wanted)
-            slabs, self._free = self._free[kept:], self._free[:kept]
-        try:
-            while len(slabs) < wanted:
-                slabs.append(self._device.pinned(self.blocks, self.block_bytes))
-        except RuntimeError:
-            self.give(slabs)
-            raise
-        return slabs
+    def wait(self, mark: None) -> None:
+        pass
 
-    def give(self, slabs: Sequence[torch.Tensor]) -> None:
-        """Back, when nothing uses them any more."""
-        with self._lock:
-            self._free += slabs
+    def run(self, work: Callable[[], object]) -> None:
+        work()
 
-    def targets(self, slabs: Sequence[torch.Tensor], blocks: int) -> Targets:
-        """The first ``blocks`` blocks of these slabs."""
-        slab, row = np.divmod(np.arange(blocks), self.blocks)
-        bases = np.array([one.data_ptr() for one in slabs], np.uint64)
-        addresses = bases[slab] + row.astype(np.uint64) * np.uint64(self.block_bytes)
-        return Targets(addresses.reshape(-1, 1), np.array([self.block_bytes], np.uint64))
+    def after(self, mark: None) -> None:
+        pass
+
+    def pinned(self, rows: int, row_bytes: int) -> torch.Tensor:
+        return torch.zeros((rows, row_bytes), dtype=torch.uint8)
+
+
+@dataclass
+class Landing:
+    """Blocks of a save, at their places in pinned memory when ``mark`` is reached."""
+
+    keys: list[bytes]
+    places: I64
+    mark: Any = None
 
 
 @dataclass
@@ -173,6 +165,7 @@ class DeviceSave:
     mark: Any
     saved: int = 0
     cancelled: bool = False
+    landings: deque[Landing] = field(default_factory=deque)  # not handed over yet
     finished: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -190,20 +183,11 @@ class DeviceSave:
 class Arrived:
     """A load whose verified blocks lie in pinned memory."""
 
-    slabs: list[torch.Tensor]
+    places: I64
     block_ids: list[int]
     mark: Any
     completion: Completion
     transfer: Transfer
-
-
-@dataclass(frozen=True)
-class Landing:
-    """Blocks of a save that are in the slab when ``mark`` is reached."""
-
-    keys: list[bytes]
-    slab: torch.Tensor
-    mark: Any
 
 
 class DevicePages:
@@ -212,10 +196,11 @@ class DevicePages:
     def __init__(self, layout: Layout, kv_caches: Mapping[str, torch.Tensor], mover: Mover, device: Device) -> None:
         self._mover = mover
         self._device = device
-        self._stager = Stager(PageRows(layout, kv_caches), device)
-        self._slabs = Slabs(device, layout.block_bytes)
+        self._pinned = Pinned(device, layout.block_bytes)
+        self._pinned.give(self._pinned.take(max(1, PINNED_AT_START_BYTES // layout.block_bytes)))
+        self._stager = Stager(PageRows(layout, kv_caches), self._pinned, device)
         self._work: queue.SimpleQueue[DeviceSave | Arrived | None] = queue.SimpleQueue()
-        self._staged: list[tuple[SaveJob, torch.Tensor]] = []  # slabs that the mover still reads
+        self._staged: list[tuple[SaveJob, I64]] = []  # places that the mover still reads
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvshare-device", daemon=True)
         self._thread.start()
@@ -223,13 +208,12 @@ class DevicePages:
     def load(self, plan: LoadPlan, block_ids: Sequence[int]) -> Transfer:
         transfer, ids, mark = Transfer(), list(block_ids), self._device.mark()
         try:
-            slabs = self._slabs.take(len(plan))
+            places = self._pinned.take(len(plan))
         except RuntimeError as error:
-            reason = f"no pinned memory for {len(plan)} blocks: {error}"
-            transfer.complete(_failed(len(plan), 0.0, reason))
+            transfer.complete(_failed(len(plan), f"no pinned memory: {error}"))
             return transfer
-        inner = self._mover.load(plan, self._slabs.targets(slabs, len(plan)))
-        inner.then(lambda completion: self._work.put(Arrived(slabs, ids, mark, completion, transfer)))
+        inner = self._mover.load(plan, self._pinned.targets(places))
+        inner.then(lambda completion: self._work.put(Arrived(places, ids, mark, completion, transfer)))
         return transfer
 
     def save(self, block_keys: list[bytes], block_ids: Sequence[int]) -> Saving:
@@ -247,64 +231,63 @@ class DevicePages:
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
             if isinstance(work, DeviceSave):
-                with self._reported():
-                    self._copy_out(work)
+                self._carry_out(self._copy_out, work)
+                for landing in work.landings:  # none, unless it failed
+                    self._pinned.give(landing.places)
                 work.finished.set()
             else:
-                completion = _failed(len(work.block_ids), work.completion.seconds, "copying to the device failed")
-                with self._reported():
-                    self._copy_in(work)
-                    completion = work.completion
-                work.transfer.complete(completion)
+                error = self._carry_out(self._copy_in, work)
+                self._pinned.give(work.places)
+                work.transfer.complete(_failed(len(work.block_ids), error) if error else work.completion)
 
-    @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
-        """Whatever goes wrong: blocks are misses, and nothing is under way any more. The engine will meet what its device has."""
+    def _carry_out(self, action: Callable[[Work], None], work: Work) -> str:
+        """Whatever goes wrong: blocks are misses, and nothing is under way when this returns. The reason, or empty."""
         try:
-            yield
-        except Exception as error:
+            action(work)
+        except Exception as error:  # of the device, which the engine will meet as well, or ours
             log.warning("kvshare: copying blocks from or to the device failed: %s: %s", type(error).__name__, error)
-            with contextlib.suppress(RuntimeError):  # of a device that is lost: it writes nothing any more either
+            with contextlib.suppress(RuntimeError):  # a device that is lost writes nothing any more
                 self._stager.settle()
+            return str(error) or type(error).__name__
+        return ""
 
     def _copy_out(self, job: DeviceSave) -> None:
-        """Slab by slab; while one is handed over the next is on its way."""
-        landing: Landing | None = None
-        step = self._slabs.blocks
+        """While one part is handed over the next is on its way."""
+        step = max(1, SAVE_BYTES // self._pinned.block_bytes)
         for start in range(0, len(job.keys), step):
             if job.cancelled or self._closed:
                 break
+            ids = job.block_ids[start : start + step]
             self._reclaim()
-            ids, (slab,) = job.block_ids[start : start + step], self._slabs.take(1)
-            mark = self._stager.gather(ids, slab[: len(ids)], job.mark)
-            self._hand_over(job, landing)
-            landing = Landing(job.keys[start : start + step], slab, mark)
-        self._hand_over(job, landing)
+            landing = Landing(job.keys[start : start + step], self._pinned.take(len(ids)))
+            job.landings.append(landing)
+            landing.mark = self._stager.gather(ids, landing.places, job.mark)
+            if len(job.landings) > 1:
+                self._hand_over(job)
+        if job.landings:
+            self._hand_over(job)
 
-    def _hand_over(self, job: DeviceSave, landing: Landing | None) -> None:
-        if landing is not None:
-            self._device.wait(landing.mark)
-            save = self._mover.save(landing.keys, self._slabs.targets([landing.slab], len(landing.keys)))
-            self._staged.append((save, landing.slab))
-            job.saved += len(landing.keys)
+    def _hand_over(self, job: DeviceSave) -> None:
+        """The oldest part of the job, which the device has all of."""
+        landing = job.landings[0]
+        self._device.wait(landing.mark)
+        save = self._mover.save(landing.keys, self._pinned.targets(landing.places))
+        job.landings.popleft()
+        self._staged.append((save, landing.places))
+        job.saved += len(landing.keys)
 
     def _reclaim(self) -> None:
-        self._slabs.give([slab for save, slab in self._staged if save.done])
-        self._staged = [(save, slab) for save, slab in self._staged if not save.done]
+        for save, places in self._staged:
+            if save.done:
+                self._pinned.give(places)
+        self._staged = [(save, places) for save, places in self._staged if not save.done]
 
     def _copy_in(self, load: Arrived) -> None:
         good = np.flatnonzero(load.completion.statuses == BlockStatus.OK)
-        ids = np.array(load.block_ids, np.int64)
-        mark = None
-        for number, slab in enumerate(load.slabs):
-            first = number * self._slabs.blocks
-            here = good[(good >= first) & (good < first + self._slabs.blocks)]
-            if len(here):
-                mark = self._stager.scatter(slab, here - first, ids[here], load.mark)
-        if mark is not None:
-            self._device.wait(mark)
-        self._slabs.give(load.slabs)
+        if len(good):
+            ids = np.array(load.block_ids, np.int64)[good]
+            self._device.wait(self._stager.scatter(load.places[good], ids, load.mark))
 
 
-def _failed(blocks: int, seconds: float, error: str) -> Completion:
-    return Completion(np.full(blocks, BlockStatus.UNREACHABLE, np.uint8), 0, seconds, error)
+def _failed(blocks: int, error: str) -> Completion:
+    return Completion(np.full(blocks, BlockStatus.UNREACHABLE, np.uint8), 0, 0.0, error)

@@ -125,3 +125,10 @@ def test_the_readme_lists_every_bar_with_its_limit() -> None:
     readme = (ROOT / "README.md").read_text()
     for bar in bars.BARS:
         assert f"| `{bar.name}` | {bar.direction} {bar.limit:g} {bar.unit} |" in readme
+
+
+def test_a_script_that_cannot_measure_here_is_skipped_with_its_reason(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "bench_gpu.py").write_text("import sys\nprint('needs a GPU', file=sys.stderr)\nsys.exit(77)")
+    assert bars.main([], [bars.Bar("gpu", "bench_gpu.py", ">=", 0.85, "ratio", 3), FAST], folder) == 0
+    assert capsys.readouterr().out.splitlines() == ["skip gpu needs a GPU", "ok fast 0.9 0.8 ratio"]
+    assert not (folder / "results" / "bench_gpu.json").exists()

@@ -1,13 +1,10 @@
-"""Addresses of blocks in vLLM's KV tensors in every memory order, and the staged path of memory that the CPU cannot address."""
+"""Addresses of blocks in vLLM's KV tensors in every memory order."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import warnings
-from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +17,7 @@ import torch
 
 from kvshare.errors import NamespaceError
 from kvshare.integrations.vllm.layout import Layout, pages_of
-from kvshare.integrations.vllm.pages import DevicePages
-from kvshare.loading import LoadPlan
-from kvshare.transport.base import BlockStatus, Completion, Targets, Transfer
+from kvshare.transport.base import Targets
 
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 5, 2, 4, 6
 # Memory orders of vLLM (RFC 42082): where L, B, H, N, C lie, outermost first.
@@ -114,77 +109,3 @@ def test_layers_of_another_group_are_refused_and_aliases_are_not() -> None:
 def test_a_block_of_another_size_than_vllm_says_is_refused() -> None:
     with pytest.raises(NamespaceError, match="where vLLM says"):
         layout_of(caches("LBHNC"), page_bytes=64)
-
-
-class MemoryMover:
-    """As `kvshare.mover.Mover`, with a dictionary for an arena; ``bad`` keys arrive corrupt."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[bytes, bytes] = {}
-        self.bad: set[bytes] = set()
-
-    def save(self, block_keys: list[bytes], sources: Targets) -> Any:
-        self.blocks.update((key, gathered(sources, i)) for i, key in enumerate(block_keys))
-        return SimpleNamespace(done=True)
-
-    def load(self, plan: LoadPlan, targets: Targets) -> Transfer:
-        statuses = np.zeros(len(plan), np.uint8)
-        for i, key in enumerate(plan.keys):
-            statuses[i] = BlockStatus.CORRUPT if key in self.bad else BlockStatus.OK
-            offset = 0
-            for address, length in zip(targets.addresses[i], targets.page_bytes, strict=True):
-                ctypes.memmove(int(address), self.blocks[key][offset : offset + int(length)], int(length))
-                offset += int(length)
-        transfer = Transfer()
-        transfer.complete(Completion(statuses, 0, 0.0))
-        return transfer
-
-
-class CountingDevice:
-    """Stands in for an accelerator: runs at once, counts."""
-
-    def __init__(self) -> None:
-        self.marks = self.synchronized = 0
-
-    def mark(self) -> int:
-        self.marks += 1
-        return self.marks
-
-    @contextlib.contextmanager
-    def stream(self) -> Iterator[None]:
-        yield
-
-    def after(self, mark: int) -> None:
-        assert mark <= self.marks
-
-    def synchronize(self) -> None:
-        self.synchronized += 1
-
-    def staging(self, rows: int, row_bytes: int) -> torch.Tensor:
-        return torch.zeros((rows, row_bytes), dtype=torch.uint8)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_blocks_of_a_device_travel_through_staging_and_back(order: str) -> None:
-    kv_caches = caches(order)
-    before = {name: tensor.clone() for name, tensor in kv_caches.items()}
-    layout, mover = layout_of(kv_caches), MemoryMover()
-    pages = DevicePages(layout, kv_caches, mover, CountingDevice())
-    assert pages.save([b"p0", b"p1"], [4, 1]).wait(5.0)
-    plan = LoadPlan(b"p", [b"1", b"0"], [])
-    mover.bad = {b"p0"}
-    completion = pages.load(plan, [0, 2]).wait(5.0)
-    pages.close()
-    assert completion is not None and completion.statuses.tolist() == [BlockStatus.OK, BlockStatus.CORRUPT]
-    for name, tensor in kv_caches.items():
-        assert torch.equal(tensor[0], before[name][1])
-        assert torch.equal(tensor[1:], before[name][1:]), "nothing else is written, corrupt blocks neither"
-
-
-def test_a_saved_block_of_a_device_is_what_the_cpu_would_have_saved() -> None:
-    kv_caches, mover = caches("BLHNC"), MemoryMover()
-    layout = layout_of(kv_caches)
-    pages = DevicePages(layout, kv_caches, mover, CountingDevice())
-    assert pages.save([b"k"], [3]).wait(5.0)
-    pages.close()
-    assert mover.blocks[b"k"] == gathered(layout.targets([3]), 0)
