@@ -19,6 +19,7 @@ Threads: transitions come from one thread of one process. Questions from any.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from kvshare.errors import RegionError
 from kvshare.mapping import Mapping
 from kvshare.region import SUPERBLOCK, SUPERBLOCK_BYTES, generation_now
 
+SUFFIX = ".generations"
 MAGIC = b"KVSHARED"
 FORMAT_VERSION = 1
 STRIDE = 8
@@ -68,6 +70,8 @@ class DeviceTable:
         try:
             Path(path).unlink(missing_ok=True)
             with mapping.opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+                # Held by the mapping's duplicate of the descriptor, freed by the kernel when we die: see `remove_stale`.
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mapping.allocate(fd, 0, SUPERBLOCK_BYTES + slots * STRIDE)
                 os.pwrite(fd, head.tobytes(), 0)
                 return cls(path, Mapping.of_file(fd, writable=True))
@@ -131,3 +135,22 @@ class DeviceTable:
         if len(chosen) and not (int(chosen.min()) >= 0 and int(chosen.max()) < self.slots):
             raise IndexError(f"slots {chosen.min()} to {chosen.max()} of {self.slots}")
         return chosen
+
+
+def table_path(stem: str) -> str:
+    """Where this process's table lies, beside the arena of ``stem`` (`kvshare.config.Settings.arena_stem`)."""
+    return f"{stem}-device-{os.getpid()}{SUFFIX}"
+
+
+def remove_stale(stem: str) -> list[Path]:
+    """Remove the tables beside the arena of ``stem`` whose makers have died; returns them."""
+    removed = []
+    for path in sorted(Path(stem).parent.glob(f"{Path(stem).name}-device-*{SUFFIX}")):
+        try:
+            with mapping.opened(str(path), os.O_RDWR) as fd:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+                removed.append(path)
+        except OSError:
+            continue  # in use, gone meanwhile, or not ours
+    return removed

@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvshare import device
 from kvshare.link import DirectoryLink
 from kvshare.messages import Expose, Shown
 from kvshare.places import DEVICE, Location, NodeDescription, RegionDescription, Stored
@@ -77,13 +77,7 @@ class Exposed:
             self._linking.cancel()
             await asyncio.gather(self._linking, return_exceptions=True)
         self._node.transports.forget(self.name)
-        self._remove_table()
-
-    def _remove_table(self) -> None:
-        """A killed engine leaves its table behind."""
-        path = Path(self._offer.table_path)
-        if path.name.startswith(Path(self._node.settings.arena_stem).name) and path.parent == Path(self._node.settings.shm_dir):
-            path.unlink(missing_ok=True)
+        device.remove_stale(self._node.settings.arena_stem)  # a killed engine leaves its table behind
 
     def _inventory(self) -> Iterator[Stored]:
         return iter(list(self._blocks.values()))

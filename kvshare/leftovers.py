@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from kvshare import cards, slots
+from kvshare import cards, device, slots
 from kvshare.config import Settings
 
 
@@ -32,6 +32,7 @@ def remove_leftovers(settings: Settings, keep: Collection[str] = ()) -> list[str
             if not free:
                 continue
             removed += [str(path) for path in slots.remove_stale(own.shm_dir, stem=own.arena_stem)]
+            removed += [str(path) for path in device.remove_stale(own.arena_stem)]
             for path in (socket, lock):
                 if path.exists():
                     path.unlink()
@@ -46,7 +47,7 @@ def _names(settings: Settings) -> set[str]:
     folder = Path(settings.socket_path).parent
     names = {path.stem for suffix in ("sock", "lock") for path in folder.glob(f"*.{suffix}")}
     stem = Path(replace(settings, node_name="").arena_stem).name
-    arena = re.compile(rf"{re.escape(stem)}([A-Za-z0-9_.-]{{1,64}})-\d+\.(?:data|table).*")
+    arena = re.compile(rf"{re.escape(stem)}([A-Za-z0-9_.-]{{1,64}}?)-(?:\d+\.(?:data|table).*|device-\d+\.generations)")
     matches = [arena.fullmatch(path.name) for path in Path(settings.shm_dir).glob(f"{stem}*")]
     return names | {match[1] for match in matches if match is not None}
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kvshare import device
 from kvshare.config import Settings
 from kvshare.errors import RegionError
 from kvshare.places import NodeDescription, RegionDescription, Stored
@@ -60,6 +61,7 @@ class Memory:
     async def recover(self) -> None:
         """Open what a former node of this name left behind."""
         stem = Path(self.settings.arena_stem)
+        device.remove_stale(str(stem))
         for path in sorted(stem.parent.glob(f"{stem.name}-*.table")):
             size = path.name.removeprefix(f"{stem.name}-").removesuffix(".table")
             if size.isdigit():
@@ -120,6 +122,7 @@ class Memory:
         return problems
 
     def close(self, unlink: bool) -> None:
+        device.remove_stale(self.settings.arena_stem)
         if self._expiry is not None:
             self._expiry.cancel()
         for task in self._tasks:

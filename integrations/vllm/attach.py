@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from kvshare import processes
 from kvshare.config import Settings
-from kvshare.device import STRIDE, DeviceTable
+from kvshare.device import STRIDE, DeviceTable, table_path
 from kvshare.errors import NamespaceError, RegionError, Unavailable
 from kvshare.integrations.vllm.identity import namespaces_of
 from kvshare.integrations.vllm.layout import Layout
@@ -114,7 +114,7 @@ def _device_table(settings: Settings, layout: Layout, blocks: int) -> DeviceTabl
     if layout.device != "cpu":
         return None
     try:
-        return DeviceTable.create(f"{settings.arena_stem}-device-{os.getpid()}.table", blocks, layout.block_bytes)
+        return DeviceTable.create(table_path(settings.arena_stem), blocks, layout.block_bytes)
     except RegionError as error:
         log.warning("kvshare: peers cannot read this engine's own cache: %s", error)
         return None

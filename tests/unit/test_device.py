@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvshare.device import DeviceTable
+from kvshare.device import DeviceTable, remove_stale, table_path
 from kvshare.errors import RegionError
 from kvshare.region import SUPERBLOCK
 
@@ -171,3 +173,15 @@ def test_a_link_in_place_of_a_table_is_refused(table: DeviceTable, path: str, tm
     (tmp_path / "link").symlink_to(path)
     with pytest.raises(RegionError):
         DeviceTable.open(str(tmp_path / "link"))
+
+
+def test_tables_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    stem = str(tmp_path / "kvshare-0-cluster@node")
+    living = DeviceTable.create(table_path(stem), 4, 4096)
+    code = "import sys, kvshare.device as d; t = d.DeviceTable.create(d.table_path(sys.argv[1]), 4, 4096)"
+    subprocess.run([sys.executable, "-c", code, stem], check=True)
+    assert len(list(tmp_path.iterdir())) == 2
+    (removed,) = remove_stale(stem)
+    assert removed.name != Path(living.path).name
+    assert [path.name for path in tmp_path.iterdir()] == [Path(living.path).name]
+    assert remove_stale(stem) == [] and DeviceTable.open(living.path).slots == 4
