@@ -31,9 +31,9 @@ class CountingSession(Session):
 
     messages = 0
 
-    def locate(self, wanted: list[bytes], answer: Callable[[Located | None], None]) -> bool:
+    def locate(self, wanted: list[bytes], patience_seconds: float, answer: Callable[[Located | None], None]) -> bool:
         self.messages += 1
-        return super().locate(wanted, answer)
+        return super().locate(wanted, patience_seconds, answer)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvshare.messages import RegionDescription
+from kvshare.places import RegionDescription
 
 Source = tuple[str, str]  # a node, and the kind of its region: what has a rate
 
@@ -33,6 +33,7 @@ class LoadPlan:
     prefix: the keys' common part (`kvshare.keys.prefix`); hashes: the engine's block hashes, in order.
     seconds: what the engine would need to compute these blocks; 0 when nobody knows: the load then takes what it takes.
     grace_seconds: what the load may cost beyond the computing that its arrived blocks have saved.
+    others: of blocks that are cut into shards, the same blocks' other shards (a plan each, with nothing in its ``others``).
     """
 
     prefix: bytes
@@ -40,6 +41,7 @@ class LoadPlan:
     reads: list[SourceRead]
     seconds: float = 0.0
     grace_seconds: float = 0.0
+    others: tuple[LoadPlan, ...] = ()
 
     def __len__(self) -> int:
         return len(self.hashes)

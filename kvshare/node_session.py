@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvshare import keys, wire
+from kvshare.cost import Candidate, choose
 from kvshare.errors import ProtocolError, RegionError, Unavailable
 from kvshare.messages import (
     PROTOCOL_VERSION,
@@ -166,7 +167,7 @@ class NodeSession:
             return
         self.engine, self._family = message.engine, message.namespace.family()
         notices = await self._declare(message.namespace)
-        description = arena.describe(node.name, node.host, node.transports.endpoint())
+        description = memory.region(arena.region, node.name, node.transports.endpoint())
         self.send(Attached(message.ask, node.describe(), description, notices))
         self._subscribed = message.subscribe
         self.push([block for block in store.inventory()], [])
@@ -189,47 +190,78 @@ class NodeSession:
         return [_differs(namespace, other) for other in list(others.values())[:3]]
 
     def _locate(self, message: Locate) -> None:
-        found: list[Location | None] = [None] * len(message.keys)
+        node = self._node
+        found: list[list[Location]] = []
         missing = []
         for i, key in enumerate(message.keys):
-            for store in self._node.memory.stores.values():
+            found.append([])
+            for store in node.memory.stores.values():
                 block = store.lookup([key])[0]
                 if block is not None:
-                    found[i] = Location(self._node.name, block.region, block.slot, block.generation, block.length)
+                    found[i].append(Location(node.name, block.region, block.slot, block.generation, block.length))
                     break
             else:
-                found[i] = self._node.exposed_block(key, self.number)
-                if found[i] is None:
+                exposed = node.exposed_block(key, self.number)
+                if exposed is not None:
+                    found[i].append(exposed)
+                else:
                     missing.append(i)
-        if missing and self._node.link.connected:
+        if missing and node.link.connected:
             self._later(self._locate_far(message, found, missing))
         else:
-            self._answer(message.ask, found)
+            self._settle(message, found)
 
-    async def _locate_far(self, message: Locate, found: list[Location | None], missing: list[int]) -> None:
+    async def _locate_far(self, message: Locate, found: list[list[Location]], missing: list[int]) -> None:
         try:
             wanted = [message.keys[i] for i in missing]
             answer = await self._node.link.ask(lambda ask: Find(ask, wanted), DIRECTORY_SECONDS)
             if isinstance(answer, Found):
                 for i, locations in zip(missing, answer.locations, strict=False):
-                    found[i] = next((location for location in locations if self._reachable(location)), None)
+                    found[i] = [location for location in locations if self._reachable(location)]
         except Unavailable as error:
             log.debug("kvshare: %s", error)
-        self._answer(message.ask, found)
+        self._settle(message, found)
 
     def _reachable(self, location: Location) -> bool:
         peer = self._node.region_of(location)
         own = self._node.exposed.get(self.number)  # what its engine has, its engine finds itself
         return peer is not None and (own is None or own.name != location.node) and self._node.transports.reaches(peer)
 
-    def _answer(self, ask: int, found: list[Location | None]) -> None:
-        peers: dict[tuple[str, int], RegionDescription] = {}
-        for location in found:
-            if location is not None and (location.node, location.region) not in peers:
-                peer = self._node.region_of(location)
-                if peer is not None:
-                    peers[(location.node, location.region)] = peer
-        self.send(Located(ask, found, list(peers.values())))
+    def _settle(self, message: Locate, found: list[list[Location]]) -> None:
+        """Answer, or have unmeasured sources measured and answer then; in any case before the asker's patience ends."""
+        name = self._node.name
+        peers = (
+            (key, place) for key, places in zip(message.keys, found, strict=True) for place in places if place.node != name
+        )
+        probes = self._node.prober.start(peers, self._node.region_of) if message.patience_seconds > 0 else []
+        if probes:
+            self._later(self._settle_later(message, found, probes))
+        else:
+            self._answer(message.ask, found)
+
+    async def _settle_later(self, message: Locate, found: list[list[Location]], probes: list[asyncio.Task[None]]) -> None:
+        await asyncio.wait(probes, timeout=min(message.patience_seconds, DIRECTORY_SECONDS))
+        self._answer(message.ask, found)
+
+    def _answer(self, ask: int, found: list[list[Location]]) -> None:
+        node, now = self._node, time.monotonic()
+        regions: dict[tuple[str, int], RegionDescription] = {}
+        candidates: dict[tuple[str, int], Candidate] = {}
+        for place in (place for places in found for place in places):
+            where = (place.node, place.region)
+            if where not in candidates:
+                region = node.region_of(place)
+                if region is not None:
+                    regions[where] = region
+                    candidates[where] = Candidate((region.node, region.kind), region.region, region.host_id == node.host)
+        usable = [[place for place in places if (place.node, place.region) in candidates] for places in found]
+        chain = [[candidates[place.node, place.region] for place in places] for places in usable]
+        chosen = choose(chain, node.prober.rates, now)
+        locations = [places[i] if i >= 0 else None for places, i in zip(usable, chosen, strict=True)]
+        named = dict.fromkeys((place.node, place.region) for place in locations if place is not None)
+        peers = [regions[where] for where in named]
+        rates = [node.prober.rates.rate(candidates[where].source, now) for where in named]
+        self.send(Located(ask, locations, peers, rates))
 
     def _looked(self, chain: list[bytes], hits: int) -> None:
         for store in self._node.memory.stores.values():

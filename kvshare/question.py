@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from kvshare import keys
 from kvshare.config import Settings
-from kvshare.loading import LoadPlan, SourceRead
-from kvshare.messages import Located, Location, Looked, Message, RegionDescription
+from kvshare.loading import LoadPlan, Offer, Source, SourceRead
+from kvshare.messages import Located, Looked, Message
+from kvshare.places import Location, RegionDescription
 
 LOOKED_KEYS_MAX = 4096  # of one request; hotness needs the head of a chain most
 
@@ -66,7 +67,7 @@ class Asker(Protocol):
 
     def still(self, local: Local) -> npt.NDArray[np.bool_]: ...
 
-    def locate(self, wanted: list[bytes], answer: Callable[[Located | None], None]) -> bool: ...
+    def locate(self, wanted: list[bytes], patience_seconds: float, answer: Callable[[Located | None], None]) -> bool: ...
 
     def send(self, message: Message) -> bool: ...
 
@@ -77,12 +78,13 @@ class Question:
     Threads: one asker; the answer arrives in the channel's thread and is handed over by a single assignment.
     """
 
-    def __init__(self, session: Asker, prefix: bytes, hashes: Sequence[bytes]) -> None:
+    def __init__(self, session: Asker, prefix: bytes, hashes: Sequence[bytes], patience_seconds: float = 0.0) -> None:
         self._session = session
         self._prefix = prefix
         self._hashes = hashes
         self._remote: dict[int, Location] = {}
         self._peers: dict[tuple[str, int], RegionDescription] = {}
+        self._rates: dict[Source, float] = {}
         self._waiting = False
         self._closed = False
         self._deadline = 0.0
@@ -93,7 +95,9 @@ class Question:
             wanted = [prefix + hashes[i] for i in missing]
             self._deadline = time.monotonic() + session.settings.lookup_seconds
             self._waiting = True
-            if not session.locate(wanted, lambda located: self._answered(missing, located)):
+            # An answer that is late is no answer: half of the time is for its way.
+            patience_seconds = min(patience_seconds, session.settings.lookup_seconds / 2)
+            if not session.locate(wanted, patience_seconds, lambda located: self._answered(missing, located)):
                 self._waiting = False
 
     def available(self, start: int) -> int | None:
@@ -137,6 +141,21 @@ class Question:
             )
         return LoadPlan(self._prefix, list(self._hashes[start : start + count]), reads)
 
+    def offer(self, start: int, count: int) -> Offer:
+        """Who has ``count`` blocks from index ``start``, as `available` just said."""
+        slots = self._slots()[start : start + count]
+        source = np.zeros(count, np.int64)
+        own = self._session.description
+        # What our node has just lost counts as its own all the same: it will be a failed block.
+        numbers: dict[Source, int] = {(own.node, own.kind) if own is not None else ("", ""): 0}
+        for position in np.flatnonzero(slots < 0).tolist():
+            location = self._remote.get(position + start)
+            if location is not None:
+                peer = self._peers[location.node, location.region]
+                source[position] = numbers.setdefault((peer.node, peer.kind), len(numbers))
+        sources = list(numbers)
+        return Offer(source, sources, [self._rates.get(source, 0.0) for source in sources], own is not None)
+
     def _slots(self) -> npt.NDArray[np.int64]:
         """Slots in our own node that hold their block at this moment, -1 for the others."""
         return np.where(self._session.still(self._local), self._local.slots, -1)
@@ -152,6 +171,7 @@ class Question:
     def _answered(self, missing: list[int], located: Located | None) -> None:
         if located is not None:
             self._peers = {(peer.node, peer.region): peer for peer in located.peers}
+            self._rates = {(peer.node, peer.kind): rate for peer, rate in zip(located.peers, located.rates, strict=True)}
             self._remote = {
                 index: location
                 for index, location in zip(missing, located.locations, strict=True)

@@ -120,9 +120,10 @@ class Session:
     def node(self) -> NodeDescription | None:
         return self._node
 
-    def ask(self, prefix: bytes, hashes: Sequence[bytes]) -> Question:
-        """Start a question about a chain of blocks. Never blocks; sends at most one message."""
-        return Question(self, prefix, hashes)
+    def ask(self, prefix: bytes, hashes: Sequence[bytes], patience_seconds: float = 0.0) -> Question:
+        """Start a question about a chain of blocks. Never blocks; sends at most one message. ``patience_seconds``: so much
+        later may its answer be if a source has to be measured."""
+        return Question(self, prefix, hashes, patience_seconds)
 
     def send(self, message: Message) -> bool:
         channel = self._channel
@@ -184,12 +185,12 @@ class Session:
         held[known] = region.generations(local.slots[known]) == local.generations[known]
         return held
 
-    def locate(self, wanted: list[bytes], answer: Callable[[Located | None], None]) -> bool:
+    def locate(self, wanted: list[bytes], patience_seconds: float, answer: Callable[[Located | None], None]) -> bool:
         """Ask the node where ``wanted`` are; ``answer`` is called in another thread. False when there is no node."""
         channel = self._channel
         if channel is None or not channel.alive:
             return False
-        future = channel.ask(lambda ask: Locate(ask, wanted))
+        future = channel.ask(lambda ask: Locate(ask, wanted, patience_seconds))
         future.add_done_callback(
             lambda done: answer(found if done.exception() is None and isinstance(found := done.result(), Located) else None)
         )

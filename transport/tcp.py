@@ -186,6 +186,7 @@ class TcpTransport(Transport):
         bind: address to serve on, which is also the one that peers are told; empty to only read.
         streams: connections to one peer.
         port: to serve on; 0 takes a free one.
+        bytes_per_second: what it sends over one connection at most; 0: without limit.
 
     Raises:
         ConfigError: it cannot listen there.
@@ -193,13 +194,15 @@ class TcpTransport(Transport):
 
     name: ClassVar[str] = "tcp"
 
-    def __init__(self, secret: str, bind: str = "", streams: int = 2, port: int = 0) -> None:
+    def __init__(self, secret: str, bind: str = "", streams: int = 2, port: int = 0, bytes_per_second: int = 0) -> None:
         assert streams >= 1
         self._secret = secret
         self._streams = streams
         # More streams than half the processors only take turns: one stream already uses one on either side.
         self._parts_max = min(streams, max(1, (os.cpu_count() or 1) // 2))
-        self._server = DataServer(secret, bind, port) if bind and secret else None
+        self._server: DataServer | None = None
+        if bind and secret:
+            self._server = DataServer(secret, bind, port, bytes_per_second=bytes_per_second)
         self._pool = Workers("kvshare-tcp-read", THREADS_MAX)
         self._clock = Clock("kvshare-tcp-clock")
         self._peers: dict[str, Peer] = {}  # by node

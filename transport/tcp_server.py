@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvshare")
 
+SO_MAX_PACING_RATE = 47  # Linux's; Python does not name it. The kernel paces, in bytes/s, whatever the network
 ACCEPT_PAUSE_SECONDS = 0.5  # after the system had no descriptor for us
 
 _decoder = msgspec.msgpack.Decoder(ReadBlocks)
@@ -59,6 +60,8 @@ class _Connection:
 
 class DataServer:
     """Serves registered regions on ``bind``:``port`` (0 takes a free port) from its construction to `close`.
+
+    bytes_per_second: sent over one connection at most, after a first few hundred KB; 0: without limit.
 
     counters: ``connections``, ``requests``, ``blocks``, ``bytes`` served; ``refused`` (no room), ``strangers`` (failed
     handshakes), ``garbage`` (requests that are none), ``broken`` (connections lost or stuck within an answer).
@@ -76,6 +79,7 @@ class DataServer:
         connections_max: int = 256,
         handshake_seconds: float = wire.HANDSHAKE_SECONDS,
         send_seconds: float = 5.0,
+        bytes_per_second: int = 0,
     ) -> None:
         self._secret = secret
         self._connections_max = connections_max
@@ -93,6 +97,8 @@ class DataServer:
         except OSError as error:
             raise ConfigError(f"cannot listen on {bind}:{port}: {error}; set 'bind' to an address of this host.") from error
         tune(self._listener)  # what is accepted inherits it
+        if bytes_per_second:
+            self._listener.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, bytes_per_second)
         host = f"[{bind}]" if ":" in bind else bind
         self.endpoint = f"{host}:{self._listener.getsockname()[1]}"
         self._acceptor = threading.Thread(target=self._accept, name="kvshare-tcp-accept", daemon=True)

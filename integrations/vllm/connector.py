@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
@@ -121,6 +122,9 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         return self._worker.stats() if self._worker is not None else None
 
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self._worker.reads() if self._worker is not None else None
+
     # --- scheduler ------------------------------------------------------------------------------------------------------
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]) -> None:
@@ -150,7 +154,11 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._scheduler.step(scheduler_output) if self._scheduler is not None else StepMetadata()
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        if self._scheduler is not None and connector_output.finished_recving:
+        if self._scheduler is None:
+            return
+        if connector_output.kv_connector_worker_meta is not None:
+            self._scheduler.reads_ended(connector_output.kv_connector_worker_meta)
+        if connector_output.finished_recving:
             self._scheduler.loads_ended(connector_output.finished_recving, connector_output.invalid_block_ids or set())
 
     def take_events(self) -> Iterable[KVCacheEvent]:

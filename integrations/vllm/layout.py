@@ -45,7 +45,8 @@ class Layout:
     strides: U64
     page_bytes: U64
     packing: str
-    device: str
+    device: str  # its kind
+    device_index: int = 0
 
     @property
     def block_bytes(self) -> int:
@@ -81,11 +82,12 @@ class Layout:
         if len(set(packings)) != 1:
             raise NamespaceError(f"its layers are packed in different ways ({', '.join(sorted(set(packings)))})")
         bases, strides, lengths = (np.array(column, np.uint64) for column in zip(*pages, strict=True))
-        device = kv_caches[group.layer_names[0]].device.type
+        where = kv_caches[group.layer_names[0]].device
+        device = where.type
         packing = f"{device}/{packings[0]}"
         if device == "cpu":
             packing += f"/{_instruction_set(vllm_config, group.kv_cache_spec)}"
-        layout = cls(bases, strides, lengths, packing, device)
+        layout = cls(bases, strides, lengths, packing, device, where.index or 0)
         expected = len(group.layer_names) * group.kv_cache_spec.unpadded_page_size_bytes
         if heads is not None:
             expected = expected * (heads.stop - heads.start) // group.kv_cache_spec.num_kv_heads

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
 from kvshare.keys import Namespace
-from kvshare.loading import LoadPlan
+from kvshare.loading import LoadPlan, Measured
 from kvshare.messages import Expose
 
 
@@ -51,6 +55,17 @@ class Hello(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     namespaces: list[Namespace]
     block_bytes: int
     offers: dict[int, Expose] = field(default_factory=dict)
+
+
+@dataclass
+class Reads(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What the worker tells the scheduler's half after a step: how fast its sources were."""
+
+    measured: list[Measured]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Reads:
+        assert isinstance(other, Reads)
+        return Reads(self.measured + other.measured)
 
 
 COUNTERS = ("blocks_loaded", "bytes_loaded", "blocks_failed", "blocks_saved")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,11 +28,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare import keys
+from kvshare.cost import Cost
 from kvshare.integrations.vllm.adapters import Adapters
 from kvshare.integrations.vllm.identity import covers_extra_keys
 from kvshare.integrations.vllm.live import LiveCache
-from kvshare.integrations.vllm.metadata import Load, Save, StepMetadata
-from kvshare.loading import LoadPlan
+from kvshare.integrations.vllm.metadata import Load, Reads, Save, StepMetadata
+from kvshare.loading import LoadPlan, Offer
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -47,6 +49,8 @@ class Chain(Protocol):
 
     def available(self, start: int) -> int | None: ...
 
+    def offer(self, start: int, count: int) -> Offer: ...
+
     def plan(self, start: int, count: int) -> LoadPlan: ...
 
     def close(self, hits: int) -> None: ...
@@ -55,7 +59,7 @@ class Chain(Protocol):
 class Lookup(Protocol):
     """What this half needs of a `kvshare.session.Session`, or of several (`kvshare.integrations.vllm.lookup`)."""
 
-    def ask(self, prefix: bytes, hashes: Sequence[bytes]) -> Chain: ...
+    def ask(self, prefix: bytes, hashes: Sequence[bytes], patience_seconds: float) -> Chain: ...
 
     def local(self, prefix: bytes, hashes: Sequence[bytes]) -> Any: ...
 
@@ -100,6 +104,7 @@ class SchedulerHalf:
         self._block_size = namespace.block_size
         self._block_bytes = block_bytes
         self._load_bytes_max = load_bytes_max
+        self._cost = Cost(block_bytes, namespace.block_size)
         self._may_load, self._may_save = loads, saves
         self._extra_keys_agree = covers_extra_keys(namespace.hash_algorithm)
         self._adapters = Adapters()
@@ -138,8 +143,8 @@ class SchedulerHalf:
             return 0
         if self._loading and not self._loading.keys().isdisjoint(self._keys(tracked, start, count)):
             return None
-        tracked.offered = count
-        return count * self._block_size
+        tracked.offered = self._worth(tracked.question, start, count)
+        return tracked.offered * self._block_size
 
     def allocated(self, request: Request, block_ids: list[int], external_tokens: int) -> None:
         """The scheduler admitted the request; ``external_tokens`` of it are to be loaded, at most what `matched` said."""
@@ -150,7 +155,8 @@ class SchedulerHalf:
         if not count:
             return
         assert question is not None and tracked.prefix is not None and count <= tracked.offered
-        load = Load(request.request_id, question.plan(start, count), block_ids[start : start + count], self._epoch)
+        plan = self._cost.limited(question.plan(start, count), question.offer(start, count), self._plans(), time.monotonic())
+        load = Load(request.request_id, plan, block_ids[start : start + count], self._epoch)
         # What came from a peer is saved to our own node; what our node has is not saved again.
         tracked.next_save, tracked.due, tracked.loaded = start, 0, start + count
         self._loads[request.request_id] = load
@@ -169,6 +175,10 @@ class SchedulerHalf:
             tracked = self._requests.get(request_id)
             if tracked is not None and not failed_blocks.isdisjoint(load.block_ids):
                 tracked.failed = True
+
+    def reads_ended(self, reads: Reads) -> None:
+        """The worker says what reads have moved."""
+        self._cost.measured(reads.measured, time.monotonic())
 
     # --- write path ---------------------------------------------------------------------------------------------------
 
@@ -190,10 +200,12 @@ class SchedulerHalf:
                     meta.saves += self._completed(tracked, tokens, output.kv_connector_block_state)
         if self._live is not None:
             self._live.sent()
+        self._cost.sent(output.total_num_scheduled_tokens, time.monotonic())
         return meta
 
     def step_returned(self) -> None:
         """The oldest step that was not back is back."""
+        self._cost.returned(time.monotonic())
         if self._live is not None:
             self._live.returned()
 
@@ -309,7 +321,8 @@ class SchedulerHalf:
             return
         limit = (request.num_tokens - 1) // self._block_size
         if limit > 0:
-            tracked.question = self._session.ask(tracked.prefix, request.block_hashes[:limit])
+            hashes = request.block_hashes[:limit]
+            tracked.question = self._session.ask(tracked.prefix, hashes, self._cost.patience(limit))
 
     def _prefix(self, request: Request) -> bytes | None:
         """The request's part of its keys; None while it is being found out, empty when the request is not shared."""
@@ -332,6 +345,13 @@ class SchedulerHalf:
             return count
         under_way = sum(len(load.block_ids) for load in self._loads.values()) * self._block_bytes
         return min(count, max(0, self._load_bytes_max - under_way) // self._block_bytes)
+
+    def _worth(self, question: Chain, start: int, count: int) -> int:
+        """How many of ``count`` blocks arrive sooner than they would be computed."""
+        return self._cost.worth(question.offer(start, count), self._plans(), time.monotonic())
+
+    def _plans(self) -> list[LoadPlan]:
+        return [load.plan for load in self._loads.values()]
 
     def _keys(self, tracked: Tracked, start: int, count: int) -> list[bytes]:
         assert tracked.prefix is not None

@@ -19,8 +19,9 @@ from functools import partial
 
 import numpy as np
 
-from kvshare.integrations.vllm.metadata import Load, StepMetadata, TransferStats
+from kvshare.integrations.vllm.metadata import Load, Reads, StepMetadata, TransferStats
 from kvshare.integrations.vllm.pages import Pages, Saving
+from kvshare.loading import Measured
 from kvshare.transport.base import BlockStatus, Completion
 
 log = logging.getLogger("kvshare")
@@ -32,10 +33,12 @@ FLUSH_SECONDS = 1.0  # a copy that takes longer is worth a line in the log
 
 
 class WorkerHalf:
-    """See the module's docstring. ``close_all`` ends what ``pages`` stands on."""
+    """See the module's docstring. ``measured``: what reads have moved since it was called last; ``close_all`` ends what
+    ``pages`` stands on."""
 
-    def __init__(self, pages: Pages, close_all: Callable[[], None]) -> None:
+    def __init__(self, pages: Pages, measured: Callable[[], list[Measured]], close_all: Callable[[], None]) -> None:
         self._pages = pages
+        self._measured = measured
         self._close_all = close_all
         self._step: StepMetadata | None = None
         self._saves: list[tuple[Saving, frozenset[int]]] = []
@@ -82,6 +85,11 @@ class WorkerHalf:
         """What happened since the last call, or None."""
         stats, self._stats = self._stats, None
         return stats
+
+    def reads(self) -> Reads | None:
+        """What the scheduler's half should know of reads that have ended, or None."""
+        measured = self._measured()
+        return Reads(measured) if measured else None
 
     def close(self) -> None:
         """The engine ends: what it has just computed is still saved, if that takes no longer than `LEAVE_SECONDS`."""

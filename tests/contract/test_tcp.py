@@ -396,3 +396,24 @@ def test_an_ipv6_server_tells_an_endpoint_that_can_be_connected_to() -> None:
         pytest.skip(f"no IPv6 here: {error}")
     wire.connect_tcp(server.endpoint, SECRET, PURPOSE, 5.0).close()
     server.close()
+
+
+# --- a limited rate -------------------------------------------------------------------------------------------------------
+
+
+def test_a_limited_owner_sends_the_right_bytes_many_times_slower() -> None:
+    """Two MB at 1 MB/s, of which the kernel lets the first few hundred KB pass; a local socket moves GB/s."""
+    rates = []
+    region = Region.anonymous(LENGTH, 2)
+    random = np.random.default_rng(5)
+    blocks = [write(region, slot, random.integers(0, 256, LENGTH, np.uint8), slot) for slot in range(2)]
+    for limit in (0, 10**6):
+        with TcpTransport(SECRET, "127.0.0.1", bytes_per_second=limit) as owner, TcpTransport(SECRET) as reader:
+            owner.register(region)
+            landing = Landing(2, [LENGTH])
+            description = region.describe("a", HOST, owner.endpoint())
+            completion = reader.read(description, request_for(blocks, landing.targets)).wait()
+            assert completion is not None and completion.ok
+            assert all((landing.block(i) == block.data).all() for i, block in enumerate(blocks))
+            rates.append(completion.bytes / completion.seconds)
+    assert rates[1] < rates[0] / 4

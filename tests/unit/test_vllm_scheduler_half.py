@@ -16,10 +16,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of vLLM's and torch's own making
     pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.base")
 
-from kvshare.integrations.vllm.metadata import StepMetadata
+from kvshare.integrations.vllm.metadata import Reads, StepMetadata
 from kvshare.integrations.vllm.scheduler_half import SchedulerHalf
 from kvshare.keys import Namespace
-from kvshare.loading import LoadPlan
+from kvshare.loading import LoadPlan, Measured, Offer, SourceRead
+from kvshare.places import RegionDescription
 from kvshare.question import Local, Mirror
 
 BLOCK_SIZE, BLOCK_BYTES = 4, 1000
@@ -36,8 +37,14 @@ class HeldChain:
         held = [self.prefix + block_hash in self.session.held for block_hash in self.hashes[start:]]
         return held.index(False) if False in held else len(held)
 
+    def offer(self, start: int, count: int) -> Offer:
+        return Offer(np.zeros(count, np.int64), [self.session.source], [self.session.rate], own=False)
+
     def plan(self, start: int, count: int) -> LoadPlan:
-        return LoadPlan(self.prefix, self.hashes[start : start + count], [])
+        region = RegionDescription(self.session.source[0], BLOCK_BYTES, BLOCK_BYTES, 1000, "", "", "", "there:1")
+        numbers = np.arange(count)
+        read = SourceRead(region, numbers, numbers, numbers.astype(np.uint64))
+        return LoadPlan(self.prefix, self.hashes[start : start + count], [read])
 
     def close(self, hits: int) -> None:
         if self.hits is None:
@@ -47,14 +54,19 @@ class HeldChain:
 
 @dataclass
 class HeldSession:
-    """Holds the keys in ``held``; answers to questions stay away while ``travelling``."""
+    """Holds the keys in ``held``, in a node that gives ``rate`` bytes/s; answers to questions stay away while
+    ``travelling``."""
 
     held: set[bytes] = field(default_factory=set)
     travelling: bool = False
     reported: list[tuple[int, int]] = field(default_factory=list)
     closed: bool = False
+    source: tuple[str, str] = ("peer", "host")
+    rate: float = 1e9
+    patience: list[float] = field(default_factory=list)
 
-    def ask(self, prefix: bytes, hashes: list[bytes]) -> HeldChain:
+    def ask(self, prefix: bytes, hashes: list[bytes], patience_seconds: float) -> HeldChain:
+        self.patience.append(patience_seconds)
         return HeldChain(self, prefix, hashes)
 
     def local(self, prefix: bytes, hashes: list[bytes]) -> Local:
@@ -201,6 +213,73 @@ def test_three_identical_requests_load_once() -> None:
     # Now vLLM's own cache has them.
     assert engine.half.matched(c, 16) == 0 and engine.half.matched(d, 16) == 0
     assert engine.half.check() == []
+
+
+def computing(engine: Engine, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0) -> None:
+    """Have a first request compute and save blocks: 600 tokens in so many seconds, 150 blocks of 1,000 bytes."""
+    clock = [0.0]
+    monkeypatch.setattr("kvshare.integrations.vllm.scheduler_half.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    filled(engine, 601)
+    clock[0] += seconds
+    engine.half.step_returned()
+
+
+def test_what_arrives_later_than_it_is_computed_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    computing(engine, monkeypatch)
+    engine.session.rate = 100_000.0
+    assert engine.admit(request("b", 401)) == 0
+    engine.session.rate = 1_000_000.0
+    assert engine.admit(request("b", 401)) == 400
+
+
+def test_a_load_is_limited_by_what_computing_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    computing(engine, monkeypatch)
+    assert engine.admit(request("b", 301)) == 300
+    plan = engine.run().loads[0].plan
+    assert plan.seconds == pytest.approx(300 / 601) and 0 < plan.grace_seconds < 0.1
+
+
+def test_an_engine_that_has_computed_little_loads_without_a_limit_from_measured_peers() -> None:
+    engine = Engine()
+    filled(engine)
+    engine.session.rate = 1.0
+    assert engine.admit(request("b", 17)) == 16
+    assert engine.run().loads[0].plan.seconds == 0
+    engine.session.rate = 0.0
+    assert engine.admit(request("c", 17, text="t", cache_salt="")) is None, "b loads the same blocks"
+    engine.half.loads_ended({"b"}, set())
+    assert engine.admit(request("d", 17)) == 0
+
+
+def test_loads_under_way_make_a_source_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(load_bytes_max=1000 * BLOCK_BYTES)
+    computing(engine, monkeypatch)
+    filled(engine, 601, text="u")
+    engine.session.rate = 300_000.0  # two requests at once would take as long as one computes
+    assert engine.admit(request("b", 601)) == 600
+    assert engine.admit(request("c", 601, text="u")) == 0
+    engine.half.loads_ended({"b"}, set())
+    assert engine.admit(request("d", 601, text="u")) == 600
+
+
+def test_reads_that_turn_out_slow_make_the_next_request_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    computing(engine, monkeypatch)
+    b = request("b", 401)
+    assert engine.admit(b) == 400
+    engine.half.reads_ended(Reads([Measured(engine.session.source, 0, 0.2, slow=True)]))
+    engine.half.loads_ended({"b"}, set(engine.blocks["b"]))
+    assert engine.admit(request("c", 401)) == 0
+
+
+def test_a_request_waits_longer_for_a_measurement_the_longer_it_would_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    computing(engine, monkeypatch, seconds=10.0)
+    engine.admit(request("b", 41))
+    engine.admit(request("c", 601, text="c"))
+    assert engine.session.patience[-1] > engine.session.patience[-2] > 0
 
 
 def test_a_request_with_a_failed_load_computes_and_is_not_asked_again() -> None:

@@ -12,9 +12,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of vLLM's and torch's own making
     pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.base")
 
-from kvshare.integrations.vllm.metadata import Load, Save, StepMetadata
+from kvshare.integrations.vllm.metadata import Load, Reads, Save, StepMetadata
 from kvshare.integrations.vllm.worker_half import WorkerHalf
-from kvshare.loading import LoadPlan
+from kvshare.loading import LoadPlan, Measured
 from kvshare.transport.base import BlockStatus, Completion, Transfer
 
 
@@ -73,7 +73,7 @@ def pages() -> HeldPages:
 
 @pytest.fixture
 def worker(pages: HeldPages) -> WorkerHalf:
-    return WorkerHalf(pages, lambda: None)
+    return WorkerHalf(pages, list, lambda: None)
 
 
 def test_a_load_is_reported_once_with_its_failed_blocks_in_the_same_step(pages: HeldPages, worker: WorkerHalf) -> None:
@@ -155,7 +155,7 @@ def test_saved_blocks_are_counted(pages: HeldPages, worker: WorkerHalf) -> None:
 
 def test_a_leaving_engine_still_saves_what_it_has_computed(pages: HeldPages) -> None:
     order: list[str] = []
-    worker = WorkerHalf(pages, lambda: order.append("closed"))
+    worker = WorkerHalf(pages, list, lambda: order.append("closed"))
     worker.start_saves(StepMetadata(saves=[Save([b"k"], [3])]))
 
     def saved() -> None:
@@ -167,6 +167,18 @@ def test_a_leaving_engine_still_saves_what_it_has_computed(pages: HeldPages) -> 
     worker.close()
     ends.join()
     assert order == ["saved", "closed"] and not pages.saves[0].cancelled
+
+
+def test_what_reads_have_moved_is_told_once(pages: HeldPages) -> None:
+    mover = [[Measured(("a", "host"), 100, 0.5)], []]
+    worker = WorkerHalf(pages, lambda: mover.pop(0), lambda: None)
+    assert worker.reads() == Reads([Measured(("a", "host"), 100, 0.5)])
+    assert worker.reads() is None
+
+
+def test_what_several_workers_tell_is_put_together() -> None:
+    one, two = Measured(("a", "host"), 100, 0.5), Measured(("b", "host"), 200, 0.5, slow=True)
+    assert Reads([one]).aggregate(Reads([two])).measured == [one, two]
 
 
 def test_closing_ends_the_pages(pages: HeldPages, worker: WorkerHalf) -> None:
