@@ -76,6 +76,21 @@ BARS: tuple[Bar, ...] = (
     Bar("shm_32k_ratio", "bench_transport.py", ">=", 0.85, "ratio", 2),
     # The scheduler's question for a 128k-token prompt that the session knows.
     Bar("lookup_128k_ms", "bench_lookup.py", "<=", 1.0, "ms", 2),
+    # NIXL through our contract, over its bare Python API doing the same.
+    Bar("nixl_over_bare_ratio", "bench_nixl.py", ">=", 0.9, "ratio", 3),
+    # A joiner that pulls straight from a living engine's KV cache; what that engine loses meanwhile.
+    Bar("live_ttft_over_prefix_hit", "bench_live.py", "<=", 1.5, "ratio", 3),
+    Bar("live_donor_decode_ratio", "bench_live.py", ">=", 0.95, "ratio", 3),
+    # Time to first token where a peer has the blocks, over computing them: the worst of links from 1 MB/s to unlimited.
+    Bar("ttft_pull_over_recompute_max", "bench_recompute.py", "<=", 1.05, "ratio", 3),
+    # A thousand seeded runs in which a donor overwrites what is being read, half of them killed.
+    Bar("overwrite_wrong_blocks", "bench_overwrite.py", "<=", 0, "blocks", 3),
+    Bar("overwrite_hangs", "bench_overwrite.py", "<=", 0, "reads", 3),
+    Bar("overwrite_leaked", "bench_overwrite.py", "<=", 0, "things", 3),
+    # On one GPU, blocks of 16 tokens of an 8B-class model, over pinned copies and over a device copy. Skipped without a GPU.
+    Bar("gpu_gather_over_pcie", "bench_gpu_transport.py", ">=", 0.85, "ratio", 3),
+    Bar("gpu_scatter_over_pcie", "bench_gpu_transport.py", ">=", 0.85, "ratio", 3),
+    Bar("vram_to_vram_over_copy", "bench_gpu_transport.py", ">=", 0.7, "ratio", 3),
 )
 
 

@@ -19,7 +19,8 @@ from common import arguments, report
 
 from kvshare import keys
 from kvshare.config import Settings
-from kvshare.directory import Connected, Directory, Heard, Send
+from kvshare.directory import Directory
+from kvshare.directory_events import Connected, Heard, Send
 from kvshare.index import MemoryIndex
 from kvshare.messages import PROTOCOL_VERSION, AskPlan, Find, Join, Message, Publish, Report, ToDirectory
 from kvshare.places import NodeDescription, Stored
@@ -84,7 +85,7 @@ class Fixture:
         for number in range(NODES):
             self.directory.handle(Connected(number), 0.0)
             node = NodeDescription(f"n{number}", 1, f"h{number}", "10.0.0.1:1", ())
-            self.hear(number, msgspec.msgpack.encode(Join(PROTOCOL_VERSION, node)))
+            self.hear(number, msgspec.msgpack.encode(Join(PROTOCOL_VERSION, node, False)))
 
     def hear(self, number: int, frame: bytes) -> int:
         """Bytes of the answers."""
@@ -108,7 +109,7 @@ def bench_directory(
     find = timed(fixture.ask(Find(1, names[start : start + FIND_KEYS])), 5 * rounds)  # a prompt's blocks came together
     chains = [names[start : start + 256] for start in range(0, 1 << 17, 256)]
     hot = timed(fixture.ask(Report(chains)), rounds)
-    plan = timed(fixture.ask(AskPlan(1, FAMILY, 1024 * LENGTH, 30.0)), rounds)
+    plan = timed(fixture.ask(AskPlan(1, FAMILY, 1024 * LENGTH, 30.0, False)), rounds)
     assert fixture.directory.status().keys == len(names)
     return {
         "directory_publishes": len(names) / taken,

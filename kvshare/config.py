@@ -20,10 +20,12 @@ from typing import Any
 
 from kvshare import cards
 from kvshare.errors import ConfigError
+from kvshare.places import GROUP_RANKS_MAX
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PREFIX = "KVSHARE_"
-TRANSPORTS = ("shm", "process", "tcp")
+PACE_MIN = 10**6  # bytes/s: slower, what the kernel buffers takes longer than a peer waits for progress
+TRANSPORTS = ("shm", "process", "nixl", "tcp")
 # Set by the launcher, not settings: read by other modules under these names.
 RESERVED = frozenset({"KVSHARE_LOG_LEVEL"})
 _UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "kb": 1000, "m": MIB, "mib": MIB, "mb": 10**6, "g": GIB, "gib": GIB, "gb": 10**9}
@@ -56,6 +58,7 @@ class Settings:
     directory: str = ""  # "host:port" of the directory; empty: this host is alone
     transports: tuple[str, ...] = TRANSPORTS  # in order of preference
     tcp_streams: int = 2  # data connections to one peer
+    tcp_bytes_per_second: int = 0  # sent over one data connection at most; 0: without limit
     message_bytes_max: int = 64 * MIB
 
     # Patience. Whoever prefers waiting to recomputing, or the reverse, changes these.
@@ -70,6 +73,8 @@ class Settings:
     warm_bytes: int = 2 * GIB
     warm_seconds: float = 30.0
     hot_half_life_seconds: float = 600.0
+    warm_group_ranks: int = 0  # so many joiners at once are given their blocks by one broadcast; 0: each by reads of its own
+    warm_gather_seconds: float = 1.0  # a joiner waits this long for the others
 
     # Engines.
     autostart: bool = True  # start a node when the host has none
@@ -133,18 +138,24 @@ class Settings:
             "arena_chunk_bytes": MIB,
             "index_keys_max": 1,
             "tcp_streams": 1,
+            "tcp_bytes_per_second": 0,
             "message_bytes_max": 64 * KIB,
             "save_bytes_max": 0,
             "load_bytes_max": 0,
             "head_shards": 0,
             "warm_bytes": 0,
+            "warm_group_ranks": 0,
         }
         for name, least in minimum.items():
             _require(getattr(self, name) >= least, name, getattr(self, name), f"use {least} or more")
         _require(
             self.arena_chunk_bytes <= self.arena_bytes, "arena_chunk_bytes", self.arena_chunk_bytes, "use at most arena_bytes"
         )
+        pace = self.tcp_bytes_per_second
+        _require(pace == 0 or pace >= PACE_MIN, "tcp_bytes_per_second", pace, "use 0 for no limit, or 1MB or more")
         _require(self.tcp_streams <= 64, "tcp_streams", self.tcp_streams, "use 1 to 64")
+        ranks, most = self.warm_group_ranks, GROUP_RANKS_MAX - 1
+        _require(ranks == 0 or 2 <= ranks <= most, "warm_group_ranks", ranks, f"use 2 to {most}, or 0 for no groups")
         _require(0 <= self.port < 65536, "port", self.port, "use 0 to 65535")
         for field in dataclasses.fields(self):
             if field.name.endswith("_seconds"):

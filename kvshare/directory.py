@@ -5,6 +5,7 @@
                  Heard(Publish) ───────> its inventory changes, if the sequence has no gap; else Resync
                  Heard(Find, AskPlan, Declare, AskDirectory) ──> an answer
                  Heard(Report) ────────> what is hot
+                 Heard(AskPlan ...) ───> Host to a donor, Heard(Hosted) ──> a Plan to each of a group (`kvshare.gathering`)
     Disconnected, Lost, Tick past the heartbeat ──> its inventory is forgotten, NodeLost to the others
 
 Nothing here is kept anywhere else: a directory that starts anew is filled by its nodes within a publish of each. A stale
@@ -20,9 +21,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from itertools import islice
 
 from kvshare.config import Settings
+from kvshare.directory_events import Broadcast, Close, Command, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
+from kvshare.gathering import Gatherings, Waiting
 from kvshare.hotness import Hotness
 from kvshare.index import Index, MemoryIndex
 from kvshare.keys import KEY_BYTES_MAX, PREFIX_BYTES, Namespace
@@ -36,6 +39,7 @@ from kvshare.messages import (
     DirectoryStatus,
     Find,
     Found,
+    Hosted,
     Join,
     Message,
     NodeJoined,
@@ -47,7 +51,7 @@ from kvshare.messages import (
     Welcome,
 )
 from kvshare.places import Location, NodeDescription
-from kvshare.plan import plan_warm
+from kvshare.plan import WarmPlan, plan_group, plan_warm
 
 HEARTBEATS_MISSED_MAX = 3
 HOT_KEYS_MAX = 1 << 18  # at 16 tokens a block: the hottest four million tokens
@@ -59,77 +63,6 @@ NAMESPACES_MAX = 256  # the most recently declared
 NAMESPACES_TOLD_MAX = 3
 
 
-@dataclass(frozen=True)
-class Connected:
-    """Someone who knows the secret connected. ``connection`` is a number that is never used again."""
-
-    connection: int
-
-
-@dataclass(frozen=True)
-class Heard:
-    """A message (of `ToDirectory`) came in on a connection."""
-
-    connection: int
-    message: Message
-
-
-@dataclass(frozen=True)
-class Disconnected:
-    """A connection ended, whoever ended it."""
-
-    connection: int
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Someone who supervises nodes (Ray) says that this one is dead."""
-
-    node: str
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time has passed: see `Directory.next_deadline`."""
-
-
-Event = Connected | Heard | Disconnected | Lost | Tick
-
-
-@dataclass(frozen=True)
-class Send:
-    """Send a message (of `FromDirectory`)."""
-
-    connection: int
-    message: Message
-
-
-@dataclass(frozen=True)
-class Broadcast:
-    """Send one message to several connections."""
-
-    connections: tuple[int, ...]
-    message: Message
-
-
-@dataclass(frozen=True)
-class Close:
-    """End a connection. The directory has forgotten it already; its `Disconnected` is ignored."""
-
-    connection: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Tell:
-    """A line for the log, said once."""
-
-    text: str
-
-
-Command = Send | Broadcast | Close | Tell
-
-
 class _Peer:
     """A connection and, once it joined, its node."""
 
@@ -137,6 +70,7 @@ class _Peer:
         self.connection = connection
         self.heard = heard
         self.description: NodeDescription | None = None
+        self.capable = False  # of being a group's donor
         self.sequence: int | None = None  # of its last publish; None: only a full one will do
         self.asked = heard  # when it was last asked for that
 
@@ -156,15 +90,15 @@ class Directory:
         self._patience_seconds = HEARTBEATS_MISSED_MAX * settings.heartbeat_seconds
         self._peers: OrderedDict[int, _Peer] = OrderedDict()  # by connection, longest unheard first
         self._nodes: dict[str, _Peer] = {}  # those that joined, by name
+        self._gatherings = Gatherings(settings.warm_group_ranks, settings.warm_gather_seconds)
         self._busy_until: dict[str, float] = {}  # donors: when the plans made so far should be done
         self._namespaces: OrderedDict[bytes, Namespace] = OrderedDict()  # by family, latest last
         self._counters: Counter[str] = Counter()
 
     def next_deadline(self) -> float | None:
         """When the caller should `Tick` if nothing happens before; None while nobody is connected."""
-        for peer in self._peers.values():
-            return peer.heard + self._patience_seconds
-        return None
+        deadlines = [peer.heard + self._patience_seconds for peer in islice(self._peers.values(), 1)]
+        return min([*deadlines, *self._gatherings.deadlines()], default=None)
 
     def status(self, ask: int = 0) -> DirectoryStatus:
         """Who is here and how much is known."""
@@ -183,6 +117,7 @@ class Directory:
         joined = sum(peer.description is not None for peer in self._peers.values())
         if joined != len(self._nodes):
             problems.append(f"{joined} connections joined, {len(self._nodes)} nodes are known")
+        problems += [f"connection {gone} waits for a group" for gone in self._gatherings.connections() - self._peers.keys()]
         heard = [peer.heard for peer in self._peers.values()]
         if heard != sorted(heard):
             problems.append("connections are out of the order in which they were heard")
@@ -239,7 +174,9 @@ class Directory:
                     self._hotness.touch(chain, now)
                 return []
             case AskPlan():
-                return [Send(peer.connection, self._plan(node, message, now))]
+                return self._gather(peer, message, now)
+            case Hosted():
+                return self._hosted(peer, message, now)
             case Declare(ask=ask, namespace=namespace):
                 return [Send(peer.connection, Declared(ask, self._declare(namespace)))]
             case Beat():
@@ -251,17 +188,16 @@ class Directory:
         commands: list[Command] = []
         # next_deadline's own sum: a difference could round to just below the patience, and a caller that ticks at the
         # deadline would tick again and again.
-        while (deadline := self.next_deadline()) is not None and deadline <= now:
-            peer = next(iter(self._peers.values()))
+        while self._peers and (peer := next(iter(self._peers.values()))).heard + self._patience_seconds <= now:
             commands += self._part(peer, f"{_name(peer)} was not heard of for {self._patience_seconds} s")
-        return commands
+        return commands + self._plan_singly(self._gatherings.overdue(now), now)
 
     # --- who is here --------------------------------------------------------------------------------------------------
 
     def _join(self, peer: _Peer, join: Join) -> list[Command]:
         if join.version != PROTOCOL_VERSION:
             raise _Misbehaved(f"speaks protocol {join.version}, we speak {PROTOCOL_VERSION}: run one version of kvshare")
-        node = join.node
+        node, peer.capable = join.node, join.capable
         if peer.description is not None:
             return self._describe_anew(peer, peer.description, node)
         commands: list[Command] = []
@@ -304,6 +240,7 @@ class Directory:
 
     def _remove(self, peer: _Peer) -> None:
         del self._peers[peer.connection]
+        self._gatherings.leave(peer.connection)
         if peer.description is not None:
             name = peer.description.node
             assert self._nodes[name] is peer
@@ -368,11 +305,64 @@ class Directory:
             lambda name: self._description(name).may_be_read_from(node.host_id),
             ask.bytes_max,
             ask.seconds_max,
-            {name: until - now for name, until in self._busy_until.items() if until > now},
+            self._busy(now),
         )
+        self._give_work(plan, now)
+        return Plan(ask.ask, plan.items, plan.present, None)
+
+    def _busy(self, now: float) -> dict[str, float]:
+        return {name: until - now for name, until in self._busy_until.items() if until > now}
+
+    def _give_work(self, plan: WarmPlan, now: float) -> None:
         for name, seconds in plan.seconds.items():
             self._busy_until[name] = max(now, self._busy_until.get(name, now)) + seconds
-        return Plan(ask.ask, plan.items, plan.present)
+
+    def _gather(self, peer: _Peer, ask: AskPlan, now: float) -> list[Command]:
+        """A plan of its own, unless it takes part in groups and something is hot: then it waits for others."""
+        waiting = [Waiting(peer.connection, ask)]
+        if not (ask.group and self._gatherings.ranks and self._hotness.hottest(ask.family, 1)):
+            return self._plan_singly(waiting, now)
+        joiners = self._gatherings.come(waiting[0], now)
+        if not joiners:
+            return []
+        nodes = [self._joined(each) for each in joiners]
+        plan = plan_group(
+            self._hotness.hottest(ask.family, PLAN_BLOCKS_MAX),
+            [self._index.held_by(node.node) for node in nodes],
+            lambda key: self._hosts(key, nodes),
+            min(each.ask.bytes_max for each in joiners),
+            min(each.ask.seconds_max for each in joiners),
+            self._busy(now),
+        )
+        if not plan.items:
+            return self._plan_singly(joiners, now)
+        self._give_work(plan, now)
+        donor = self._nodes[plan.items[0].location.node].connection
+        return [Send(donor, self._gatherings.host(donor, joiners, plan.items, plan.present, now))]
+
+    def _hosted(self, peer: _Peer, hosted: Hosted, now: float) -> list[Command]:
+        plans, left_over = self._gatherings.hosted(peer.connection, hosted)
+        self._counters["groups"] += bool(plans)
+        commands: list[Command] = [Send(connection, plan) for connection, plan in plans]
+        return commands + self._plan_singly(left_over, now)
+
+    def _plan_singly(self, waiting: Iterable[Waiting], now: float) -> list[Command]:
+        return [Send(each.connection, self._plan(self._joined(each), each.ask, now)) for each in waiting]
+
+    def _joined(self, waiting: Waiting) -> NodeDescription:
+        description = self._peers[waiting.connection].description
+        assert description is not None
+        return description
+
+    def _hosts(self, key: bytes, joiners: list[NodeDescription]) -> list[Location]:
+        """Where nodes have a block that can give it to all of these as a group: over TCP, from their own memory."""
+        names = {node.node for node in joiners}
+        found = self._index.locate([key], "", DONORS_MAX + len(names))[0]
+        return [where for where in found if where.node not in names and self._can_host(where.node)]
+
+    def _can_host(self, name: str) -> bool:
+        node = self._description(name)
+        return self._nodes[name].capable and bool(node.endpoint) and not node.is_engine
 
     def _donors(self, key: bytes, node: NodeDescription) -> list[Location]:
         """Arenas, where blocks stay longer and reading disturbs no engine; engines where nobody else has the block."""

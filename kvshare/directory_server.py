@@ -25,7 +25,8 @@ import msgspec
 
 from kvshare import wire
 from kvshare.config import Settings
-from kvshare.directory import Broadcast, Close, Connected, Directory, Disconnected, Event, Heard, Lost, Send, Tell, Tick
+from kvshare.directory import Directory
+from kvshare.directory_events import Broadcast, Close, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
 from kvshare.errors import AuthenticationError, ConfigError, KVShareError, ProtocolError, Unavailable
 from kvshare.messages import DirectoryStatus, ToDirectory
 
@@ -222,8 +223,7 @@ class DirectoryServer:
                     self._cut(connection)
                 case Tell(text=text):
                     self._say(text)
-        if self._timer is None:
-            self._arm()
+        self._arm()
 
     def _send(self, connection: int, payload: bytes) -> None:
         writer = self._writers.get(connection)
@@ -246,11 +246,17 @@ class DirectoryServer:
             writer.transport.abort()
 
     def _arm(self) -> None:
-        """One timer at most. One that is early, since nodes were heard of meanwhile, is armed anew when it fires."""
+        """One timer at most. One that is early, since nodes were heard of meanwhile, is armed anew when it fires; one that
+        would be late, since joiners wait for a group, is replaced."""
         assert self._loop is not None and self._stopping is not None
         deadline = self._directory.next_deadline()
-        if deadline is not None and not self._stopping.is_set():
-            self._timer = self._loop.call_at(deadline, self._tick)
+        if deadline is None or self._stopping.is_set():
+            return
+        if self._timer is not None and self._timer.when() <= deadline:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(deadline, self._tick)
 
     def _tick(self) -> None:
         self._timer = None

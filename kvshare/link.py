@@ -25,6 +25,8 @@ from kvshare.messages import (
     Declared,
     Found,
     FromDirectory,
+    Host,
+    Hosted,
     Join,
     Message,
     NodeJoined,
@@ -35,7 +37,7 @@ from kvshare.messages import (
     Resync,
     Welcome,
 )
-from kvshare.places import NodeDescription, Stored
+from kvshare.places import GroupPlan, NodeDescription, Stored
 
 log = logging.getLogger("kvshare")
 
@@ -47,7 +49,8 @@ REPORT_KEYS_MAX = 65_536  # of hot chains waiting to be reported; beyond it the 
 
 
 class DirectoryLink:
-    """See the module's docstring. ``inventory`` yields all that the node holds, for a full publish."""
+    """See the module's docstring. ``inventory`` yields all that the node holds, for a full publish. ``host`` begins to give
+    blocks to a group, or returns None; without it this node is no donor of groups."""
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class DirectoryLink:
         inventory: Callable[[], Iterator[Stored]],
         on_joined: Callable[[NodeDescription], None],
         on_lost: Callable[[str], None],
+        host: Callable[[Host], GroupPlan | None] | None = None,
     ) -> None:
         self._settings = settings
         self._resolve = resolve
@@ -64,6 +68,7 @@ class DirectoryLink:
         self._inventory = inventory
         self._on_joined = on_joined
         self._on_lost = on_lost
+        self._host = host
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromDirectory)
         self._writer: asyncio.StreamWriter | None = None
@@ -126,7 +131,7 @@ class DirectoryLink:
     def described(self) -> None:
         """Our description changed (a new region)."""
         if self._writer is not None:
-            self._send(Join(PROTOCOL_VERSION, self._describe()))
+            self._join()
 
     async def ready(self) -> None:
         """Returns when the directory has welcomed us: before that it can't answer for the cluster."""
@@ -152,7 +157,7 @@ class DirectoryLink:
         self._writer, self.endpoint = writer, endpoint
         beating = asyncio.create_task(self._beat())
         try:
-            self._send(Join(PROTOCOL_VERSION, self._describe()))
+            self._join()
             while True:
                 self._handle(self._decoder.decode(await wire.read_frame(reader, self._settings.message_bytes_max)))
         except (KVShareError, OSError, msgspec.DecodeError) as error:
@@ -182,12 +187,17 @@ class DirectoryLink:
             case Resync():
                 self.counters["resyncs"] += 1
                 self._publish_all()
+            case Host():
+                self._send(Hosted(message.ask, None if self._host is None else self._host(message)))
             case Found() | Declared() | Plan():
                 future = self._pending.get(message.ask)
                 if future is not None and not future.done():
                     future.set_result(message)
             case _:
                 raise ProtocolError(f"the directory sent {type(message).__name__}, which is no message to a node")
+
+    def _join(self) -> None:
+        self._send(Join(PROTOCOL_VERSION, self._describe(), self._host is not None))
 
     def _publish_all(self) -> None:
         self._stored.clear()

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from kvshare import device
 from kvshare.config import Settings
 from kvshare.errors import RegionError
@@ -87,7 +89,12 @@ class Memory:
         return self.arenas[slot_bytes], self.stores[slot_bytes]
 
     def describe(self, node: str, endpoint: str) -> tuple[RegionDescription, ...]:
-        return tuple(arena.describe(node, self._host, endpoint) for arena in self.arenas.values())
+        return tuple(self.region(number, node, endpoint) for number in self.arenas)
+
+    def region(self, number: int, node: str, endpoint: str) -> RegionDescription:
+        """One of our regions, for those who read it."""
+        arena = self.arenas[number]
+        return replace(arena.describe(node, self._host, endpoint), memory=self._transports.memory_of(arena))
 
     def inventory(self) -> Iterator[Stored]:
         for store in self.stores.values():

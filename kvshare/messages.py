@@ -18,7 +18,7 @@ from typing import Union
 import msgspec
 
 from kvshare.keys import Namespace
-from kvshare.places import Location, NodeDescription, ProcessMemory, RegionDescription, Stored, WarmItem
+from kvshare.places import GroupPlan, Location, NodeDescription, ProcessMemory, RegionDescription, Stored, WarmItem
 
 PROTOCOL_VERSION = 2
 
@@ -45,10 +45,12 @@ class Attach(Message, frozen=True):
 
 
 class Locate(Message, frozen=True):
-    """Where are these keys? Answered by `Located` in the same order."""
+    """Where are these keys? Answered by `Located` in the same order; up to ``patience_seconds`` later if a source has to be
+    measured."""
 
     ask: int
     keys: list[bytes]
+    patience_seconds: float
 
 
 class Reserve(Message, frozen=True):
@@ -148,11 +150,13 @@ class Attached(Message, frozen=True):
 
 
 class Located(Message, frozen=True):
-    """One entry per key: none where unknown. ``peers`` describes every region that the locations name."""
+    """One entry per key: none where unknown. ``peers`` describes every region that the locations name; ``rates``: bytes/s that
+    this node has measured of each, 0 where it has not."""
 
     ask: int
     locations: list[Location | None]
     peers: list[RegionDescription]
+    rates: list[float]
 
 
 class Reserved(Message, frozen=True):
@@ -191,11 +195,16 @@ class Warm(Message, frozen=True):
 
 
 class NodeStatus(Message, frozen=True):
+    """``engines``: those whose KV caches are exposed here. ``paths``: "node kind" of regions -> how this node reads
+    them."""
+
     ask: int
     node: NodeDescription
     directory: str  # endpoint it is connected to, or empty
     sessions: int
     counters: dict[str, int]
+    engines: list[NodeDescription]
+    paths: dict[str, str]
 
 
 class Indexed(Message, frozen=True):
@@ -223,10 +232,12 @@ ToSession = Union[Attached, Located, Reserved, Done, Refused, Warm, NodeStatus, 
 
 
 class Join(Message, frozen=True):
-    """First message of a node; again whenever its description changes (a new region)."""
+    """First message of a node; again whenever its description changes (a new region). ``capable``: it may be asked
+    to `Host`."""
 
     version: int
     node: NodeDescription
+    capable: bool
 
 
 class Publish(Message, frozen=True):
@@ -262,12 +273,21 @@ class Declare(Message, frozen=True):
 
 
 class AskPlan(Message, frozen=True):
-    """What should this node pull to be warm for ``family``? Answered by `Plan`."""
+    """What should this node pull to be warm for ``family``? Answered by `Plan`, with ``group`` (it would take part in one) up
+    to ``warm_gather_seconds`` later."""
 
     ask: int
     family: bytes
     bytes_max: int
     seconds_max: float
+    group: bool
+
+
+class Hosted(Message, frozen=True):
+    """Answer to `Host`: the donor's plan, or none where it refuses."""
+
+    ask: int
+    group: GroupPlan | None
 
 
 class Beat(Message, frozen=True):
@@ -280,7 +300,7 @@ class AskDirectory(Message, frozen=True):
     ask: int
 
 
-ToDirectory = Union[Join, Publish, Find, Report, Declare, AskPlan, Beat, AskDirectory]
+ToDirectory = Union[Join, Publish, Find, Report, Declare, AskPlan, Hosted, Beat, AskDirectory]
 
 
 # --- directory -> node ----------------------------------------------------------------------------------------------
@@ -324,11 +344,22 @@ class Declared(Message, frozen=True):
 
 
 class Plan(Message, frozen=True):
-    """Blocks to pull, hottest first; ``present`` more hot blocks are on the asking node already."""
+    """Blocks to pull, hottest first; ``present`` more hot blocks are on the asking node already. With ``group``, all of its
+    nodes get the same ``items``, which its donor broadcasts; each one may hold some of them already."""
 
     ask: int
     items: list[WarmItem]
     present: int
+    group: GroupPlan | None
+
+
+class Host(Message, frozen=True):
+    """Broadcast ``items``, all of one host region of yours and of one length, to a group of ``ranks``, you included. Answered
+    by `Hosted`."""
+
+    ask: int
+    ranks: int
+    items: list[WarmItem]
 
 
 class DirectoryStatus(Message, frozen=True):
@@ -339,4 +370,4 @@ class DirectoryStatus(Message, frozen=True):
     counters: dict[str, int]
 
 
-FromDirectory = Union[Welcome, NodeJoined, NodeLost, Resync, Found, Declared, Plan, DirectoryStatus]
+FromDirectory = Union[Welcome, NodeJoined, NodeLost, Resync, Found, Declared, Plan, Host, DirectoryStatus]

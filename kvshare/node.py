@@ -15,12 +15,14 @@ import fcntl
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from kvshare import keys
 from kvshare.config import Settings
+from kvshare.cost import Rates
 from kvshare.errors import ConfigError, KVShareError
 from kvshare.exposed import Exposed
 from kvshare.link import DirectoryLink
@@ -28,9 +30,11 @@ from kvshare.memory import Memory
 from kvshare.messages import Expose, NodeStatus, PeerLost
 from kvshare.node_session import NodeSession
 from kvshare.places import Location, NodeDescription, RegionDescription, Stored
+from kvshare.probe import Prober
 from kvshare.region import generation_now
 from kvshare.transport.choose import Transports, host_id
 from kvshare.warm import Warmer
+from kvshare.warm_group import Groups
 
 log = logging.getLogger("kvshare")
 
@@ -129,7 +133,17 @@ class Node:
                 counters[name] = counters.get(name, 0) + count
         counters["exposed_blocks"] = sum(len(exposed) for exposed in self.exposed.values())
         counters.update({f"directory_{name}": count for name, count in self.link.counters.items()})
-        return NodeStatus(ask, self.describe(), self.link.endpoint, len(self.sessions), counters)
+        engines = [exposed.describe() for exposed in self.exposed.values()]
+        endpoint, sessions = self.link.endpoint, len(self.sessions)
+        return NodeStatus(ask, self.describe(), endpoint, sessions, counters, engines, self._paths())
+
+    def _paths(self) -> dict[str, str]:
+        """How this node reads others' regions, and how fast that was."""
+        now, told = time.monotonic(), {}
+        for (node, kind), way in self.transports.paths().items():
+            rate = self.prober.rates.rate((node, kind), now)
+            told[f"{node} {kind}"] = f"{way}, {rate / 1e6:.0f} MB/s" if rate else way
+        return told
 
     def check(self) -> list[str]:
         return self.memory.check()
@@ -164,11 +178,20 @@ class Node:
         self.transports = Transports(settings, self.host, serve=self.clustered)
         self.memory = Memory(settings, self.transports, self.host, self._changed, self._described_anew)
         self._epoch = generation_now()  # grows with every start, whatever the arenas do
+        self.groups = Groups(self.memory, settings)
         self.link = DirectoryLink(
-            settings, self.resolve, self.describe, self.memory.inventory, self._peer_joined, self._peer_lost
+            settings,
+            self.resolve,
+            self.describe,
+            self.memory.inventory,
+            self._peer_joined,
+            self._peer_lost,
+            self.groups.host if self.groups.capable else None,
         )
         warm_bytes = settings.warm_bytes if self.clustered else 0  # alone, there is nobody to pull from
-        self.warmer = Warmer(self.memory, self.link, self.transports, warm_bytes, settings.warm_seconds)
+        rates = Rates()
+        self.prober = Prober(self.transports, rates, settings.transfer_seconds)
+        self.warmer = Warmer(self.memory, self.link, self.transports, rates, self.groups, warm_bytes, settings.warm_seconds)
         linking: asyncio.Task[None] | None = None
         server: asyncio.Server | None = None
         try:
@@ -251,7 +274,7 @@ class Node:
     def region_of(self, location: Location) -> RegionDescription | None:
         """What we know of the region that a location names."""
         if location.node == self.name:
-            return self.memory.arenas[location.region].describe(self.name, self.host, self.transports.endpoint())
+            return self.memory.region(location.region, self.name, self.transports.endpoint())
         for exposed in self.exposed.values():
             if exposed.name == location.node:
                 return exposed.region
@@ -273,17 +296,20 @@ class Node:
         known = self.memory.peers.get(node.node)
         if known is not None and known.epoch != node.epoch:
             self.transports.forget(node.node)
+            self.prober.rates.forget(node.node)
         self.memory.peers[node.node] = node
 
     def _peer_lost(self, name: str) -> None:
         if self.memory.peers.pop(name, None) is not None:
             log.info("kvshare: node %s is gone", name)
             self.transports.forget(name)
+            self.prober.rates.forget(name)
             for session in self.sessions.values():
                 session.send(PeerLost(name))
 
     async def _shut_down(self, server: asyncio.Server | None, linking: asyncio.Task[None] | None) -> None:
-        self.warmer.close()
+        await self.warmer.close()
+        self.prober.close()
         if linking is not None:
             linking.cancel()
             await asyncio.gather(linking, return_exceptions=True)
@@ -294,6 +320,7 @@ class Node:
         for exposed in list(self.exposed.values()):
             await exposed.close()
         await asyncio.sleep(0)
+        await asyncio.to_thread(self.groups.close)
         await asyncio.to_thread(self.transports.close)
         self.memory.close(self._unlink)
         path = Path(self.settings.socket_path)

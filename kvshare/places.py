@@ -2,11 +2,15 @@
 
 NodeDescription ── its RegionDescriptions (── ProcessMemory)
 Location = (node, region, slot, generation, length)
+GroupPlan: where nodes meet that are given blocks together
 """
 
 from __future__ import annotations
 
 import msgspec
+
+GROUP_RANKS_MAX = 64
+GROUP_PORTION_BYTES_MAX = 1 << 30
 
 
 class Location(msgspec.Struct, frozen=True, array_like=True):
@@ -101,3 +105,42 @@ class WarmItem(msgspec.Struct, frozen=True, array_like=True):
 
     key: bytes
     location: Location
+
+
+class GroupPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What one rank must know of its group (`kvshare.transport.group`). The same for all but ``rank``, 0 for
+    the donor.
+
+    group: random id. endpoint: "host:port" of the donor's board. backend: "gloo" (host memory, TCP) or "nccl" (through GPUs).
+    join_seconds: within which all ranks must have come, the first import of torch included. seconds: longest time without
+    progress afterwards, that is for one portion. portion_bytes: moved at a time; every rank has two buffers of it.
+
+    Raises:
+        ValueError: a value is impossible; when decoded, msgspec's ValidationError.
+    """
+
+    group: bytes
+    endpoint: str
+    ranks: int
+    rank: int = 0
+    backend: str = "gloo"
+    join_seconds: float = 30.0
+    seconds: float = 5.0
+    portion_bytes: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        faults = {
+            f"a group has 2 to {GROUP_RANKS_MAX} ranks, not {self.ranks}": not 2 <= self.ranks <= GROUP_RANKS_MAX,
+            f"rank {self.rank} is none of {self.ranks}": not 0 <= self.rank < self.ranks,
+            f"backend {self.backend!r} is neither 'gloo' nor 'nccl'": self.backend not in ("gloo", "nccl"),
+            "a group's limits of time must be positive": not (self.join_seconds > 0 and self.seconds > 0),
+            f"portions of {self.portion_bytes} bytes are impossible": not 0 < self.portion_bytes <= GROUP_PORTION_BYTES_MAX,
+            "a group's id has 16 bytes": len(self.group) != 16,
+        }
+        wrong = [fault for fault, found in faults.items() if found]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    def for_rank(self, rank: int) -> GroupPlan:
+        """The same group's plan for another rank. Raises ValueError."""
+        return msgspec.structs.replace(self, rank=rank)

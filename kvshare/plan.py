@@ -11,7 +11,8 @@ those before it are there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvshare.hotness import NO_PARENT, HotKey
@@ -76,3 +77,37 @@ def plan_warm(
         items.append(WarmItem(key, chosen))
         usable.add(key)
     return WarmPlan(items, present, seconds)
+
+
+def plan_group(
+    ranked: Sequence[HotKey],
+    held: Sequence[Container[bytes]],
+    locate: Callable[[bytes], Sequence[Location]],
+    bytes_max: int,
+    seconds_max: float,
+    busy: Mapping[str, float] | None = None,
+) -> WarmPlan:
+    """Plan for several nodes at once: all items lie in one region of one donor, the one that has most, and have one length.
+
+    held: what each of the nodes holds; only what all of them hold is left out. locate: where donors have a block from which
+    all of the nodes can be served. Others as `plan_warm`; empty when no donor has anything.
+    """
+
+    def all_hold(key: bytes) -> bool:
+        return all(key in keys for keys in held)
+
+    busy = busy or {}
+    blocks = Counter(_lot(where) for key, _ in ranked if not all_hold(key) for where in locate(key))
+    if not blocks:
+        return WarmPlan([], 0, {})
+    lot = max(blocks, key=lambda lot: (blocks[lot], -busy.get(lot[0], 0.0)))
+
+    def in_lot(key: bytes) -> list[Location]:
+        return [where for where in locate(key) if _lot(where) == lot]
+
+    return plan_warm(ranked, all_hold, in_lot, lambda _: True, bytes_max, seconds_max, busy)
+
+
+def _lot(where: Location) -> tuple[str, int, int]:
+    """Locations of one lot can be given by one broadcast."""
+    return where.node, where.region, where.length

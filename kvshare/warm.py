@@ -2,6 +2,8 @@
 
 Who decides what to pull is the directory (`kvshare.plan`); here it is done: reserve slots, read, commit what arrived whole.
 A donor that dies costs its share: the directory is asked again for what is still missing, as long as that brings progress.
+Joiners that ask together may be given the same blocks by one broadcast (`kvshare.warm_group`), once; what that leaves
+undone is read singly like all else.
 
 Threads: all on the node's loop; reads run in the transports' threads.
 """
@@ -12,19 +14,26 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from kvshare import keys, native
-from kvshare.errors import Unavailable
-from kvshare.messages import AskPlan, Plan, RegionDescription, Stored, Warm, WarmItem
+from kvshare.cost import Rates
+from kvshare.errors import KVShareError, Unavailable
+from kvshare.messages import AskPlan, Plan, Warm
+from kvshare.places import GroupPlan, Stored, WarmItem
 from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Targets, Transfer
+from kvshare.warm_group import Groups, batch_blocks
 
 if TYPE_CHECKING:
     from kvshare.link import DirectoryLink
     from kvshare.memory import Memory
+    from kvshare.slots import Arena
+    from kvshare.store import Store
     from kvshare.transport.choose import Transports
 
 log = logging.getLogger("kvshare")
@@ -33,6 +42,8 @@ BATCH_BYTES = 16 << 20  # of one read: enough to fill a wire, small enough that 
 ROUNDS_MAX = 4
 DIRECTORY_SECONDS = 5.0
 OWNER = -1  # of our reservations in the store; sessions have numbers from 1
+
+Read = Callable[[ReadRequest, npt.NDArray[np.int64]], Transfer]  # the second: which of a batch's items these are
 
 
 class WarmJob:
@@ -57,12 +68,23 @@ class WarmJob:
 
 
 class Warmer:
-    """Runs warm plans, one at a time per family."""
+    """Runs warm plans, one at a time per family. ``rates`` learns from its single reads."""
 
-    def __init__(self, memory: Memory, link: DirectoryLink, transports: Transports, bytes_max: int, seconds_max: float) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        link: DirectoryLink,
+        transports: Transports,
+        rates: Rates,
+        groups: Groups,
+        bytes_max: int,
+        seconds_max: float,
+    ) -> None:
         self._memory = memory
         self._link = link
         self._transports = transports
+        self._rates = rates
+        self._groups = groups
         self._bytes_max = bytes_max
         self._seconds_max = seconds_max
         self.jobs: dict[bytes, WarmJob] = {}
@@ -97,9 +119,11 @@ class Warmer:
     def _chosen(self, family: bytes) -> list[WarmJob]:
         return [job for name, job in self.jobs.items() if family in (b"", name)]
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """When this returns, only transfers may still write to the arena."""
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _run(self, job: WarmJob) -> None:
         try:
@@ -119,18 +143,22 @@ class Warmer:
 
     async def _pull_rounds(self, job: WarmJob) -> None:
         for turn in range(ROUNDS_MAX):
-            left = self._bytes_max - job.bytes_pulled
+            left, together = self._bytes_max - job.bytes_pulled, turn == 0 and self._groups.capable
+            patience = DIRECTORY_SECONDS + together * self._memory.settings.warm_gather_seconds
             plan = await self._link.ask(
-                lambda ask, left=left: AskPlan(ask, job.family, left, self._seconds_max),  # type: ignore[misc]
-                DIRECTORY_SECONDS,
+                lambda ask, left=left, together=together: AskPlan(ask, job.family, left, self._seconds_max, together),  # type: ignore[misc]
+                patience,
             )
             if not isinstance(plan, Plan):
                 raise Unavailable(f"the directory answered {type(plan).__name__}")
             if turn == 0:
                 job.present, job.wanted = plan.present, plan.present + len(plan.items)
             before = job.pulled
-            await self._pull(job, plan.items)
-            if not plan.items or job.pulled == before:
+            if plan.group is None:
+                await self._pull(job, plan.items)
+            else:
+                await self._pull_group(job, plan.group, plan.items)
+            if not plan.items or (job.pulled == before and plan.group is None):
                 return
             # Let our own publishes reach the directory before it plans again.
             await asyncio.sleep(2 * self._memory.settings.publish_seconds)
@@ -148,53 +176,97 @@ class Warmer:
             return
         step = max(1, BATCH_BYTES // region)
         for start in range(0, len(items), step):
-            if not await self._pull_batch(job, description, items[start : start + step]):
-                return
+            batch = items[start : start + step]
+            completion = await self._pull_batch(
+                job, node, batch, lambda request, _: self._transports.read(description, request)
+            )
+            if completion is not None:
+                rate = completion.bytes, completion.seconds
+                self._rates.observe((description.node, description.kind), *rate, time.monotonic())
+                if _of_no_more_use(completion):
+                    return
 
-    async def _pull_batch(self, job: WarmJob, description: RegionDescription, items: list[WarmItem]) -> bool:
-        """Returns False when this donor is of no more use."""
+    async def _pull_group(self, job: WarmJob, plan: GroupPlan, items: list[WarmItem]) -> None:
+        """Take part in a group to its end, or to its failure."""
+        try:
+            part = await self._groups.join(plan)
+        except KVShareError as error:
+            log.info("kvshare: warm: no group: %s", error)
+            return
+        try:
+            step = batch_blocks(items)
+            for start in range(0, len(items), step):
+                batch = items[start : start + step]
+                read = partial(part.read, blocks=len(batch))
+                completion = await self._pull_batch(job, batch[0].location.node, batch, read, awaited=True)
+                if completion is not None and _of_no_more_use(completion):
+                    return
+        finally:
+            part.close()
+
+    async def _pull_batch(
+        self, job: WarmJob, donor: str, items: list[WarmItem], read: Read, awaited: bool = False
+    ) -> Completion | None:
+        """Returns None when nothing was to be read, since all is here or there is no room; ``awaited``: read in any case."""
         length = items[0].location.length
         own, store = await self._memory.region_for(length)
-        await self._memory.grown(own.region)  # else we would evict what we have just pulled
-        reserved = store.reserve([item.key for item in items], length, OWNER, time.monotonic())
-        chosen = [(item, slot, generation) for item, (slot, generation) in zip(items, reserved, strict=True) if slot >= 0]
-        self._memory.flush(own.region)
-        if not chosen:
-            return True
-        slots = np.array([slot for _, slot, _ in chosen], np.int64)
-        targets = Targets.strided(own.data_address, own.slot_bytes, slots, length)
+        reserved = await self._reserve(own, store, [item.key for item in items], length)
+        positions = np.array([i for i, (slot, _) in enumerate(reserved) if slot >= 0], np.int64)
+        if not len(positions) and not awaited:
+            return None
+        chosen = [items[i] for i in positions]
+        slots = [reserved[i][0] for i in positions]
+        generations = [reserved[i][1] for i in positions]
+        targets = Targets.strided(own.data_address, own.slot_bytes, np.array(slots, np.int64), length)
         request = ReadRequest(
-            np.array([item.location.slot for item, _, _ in chosen], np.int64),
-            np.array([item.location.generation for item, _, _ in chosen], np.uint64),
-            np.array(keys.seeds_of(item.key for item, _, _ in chosen), np.uint64),
+            np.array([item.location.slot for item in chosen], np.int64),
+            np.array([item.location.generation for item in chosen], np.uint64),
+            np.array(keys.seeds_of(item.key for item in chosen), np.uint64),
             targets,
             self._memory.settings.transfer_seconds,
         )
-        generations = [generation for _, _, generation in chosen]
-        transfer = self._transports.read(description, request)
+        transfer = read(request, positions)
         try:
-            completion = await _completed(transfer)
+            completion = await completed(transfer)
         except asyncio.CancelledError:
             # The transfer's end is the fence: only then may the slots be used again.
             loop = asyncio.get_running_loop()
             transfer.cancel()
-            transfer.then(lambda _: _soon(loop, lambda: store.abort(slots.tolist(), generations, OWNER)))
+            transfer.then(lambda _: _soon(loop, lambda: store.abort(slots, generations, OWNER)))
             raise
-        good = np.flatnonzero(completion.statuses == BlockStatus.OK)
+        good = np.flatnonzero(completion.statuses == BlockStatus.OK).tolist()
         bad = np.flatnonzero(completion.statuses != BlockStatus.OK).tolist()
         if bad:
-            store.abort([int(slots[i]) for i in bad], [generations[i] for i in bad], OWNER)
-            log.info(
-                "kvshare: warm: %d of %d blocks of %s failed: %s", len(bad), len(items), description.node, completion.error
-            )
-        seeds = [int(request.seeds[i]) for i in good.tolist()]
-        checksums = await asyncio.to_thread(_checksums, targets.addresses[good, 0], length, seeds)
-        stored = store.commit([int(slots[i]) for i in good], [generations[i] for i in good.tolist()], checksums, OWNER)
+            store.abort([slots[i] for i in bad], [generations[i] for i in bad], OWNER)
+            log.info("kvshare: warm: %d of %d blocks of %s failed: %s", len(bad), len(items), donor, completion.error)
+        seeds = [int(request.seeds[i]) for i in good]
+        summing = asyncio.ensure_future(asyncio.to_thread(_checksums, targets.addresses[good, 0], length, seeds))
+        try:
+            checksums = await asyncio.shield(summing)
+        except asyncio.CancelledError:
+            await asyncio.wait([summing])  # it reads the slots
+            store.abort([slots[i] for i in good], [generations[i] for i in good], OWNER)
+            raise
+        stored = store.commit([slots[i] for i in good], [generations[i] for i in good], checksums, OWNER)
         self._memory.flush(own.region, stored)
-        self._count(job, description.node, stored, length)
-        return not bool(
-            (completion.statuses == BlockStatus.UNREACHABLE).all() or (completion.statuses == BlockStatus.TIMEOUT).any()
-        )
+        self._count(job, donor, stored, length)
+        return completion
+
+    async def _reserve(self, own: Arena, store: Store, wanted: list[bytes], length: int) -> list[tuple[int, int]]:
+        """As `Store.reserve`, piece by piece: only so much room is made ahead of need, and without room we would evict what we
+        have just pulled."""
+        reserved: list[tuple[int, int]] = []
+        step = max(1, BATCH_BYTES // own.slot_bytes)
+        try:
+            for start in range(0, len(wanted), step):
+                await self._memory.grown(own.region)
+                reserved += store.reserve(wanted[start : start + step], length, OWNER, time.monotonic())
+                self._memory.flush(own.region)
+        except asyncio.CancelledError:
+            taken = [(slot, generation) for slot, generation in reserved if slot >= 0]
+            store.abort([slot for slot, _ in taken], [generation for _, generation in taken], OWNER)
+            raise
+        return reserved
 
     @staticmethod
     def _count(job: WarmJob, donor: str, stored: Iterable[Stored], length: int) -> None:
@@ -205,13 +277,20 @@ class Warmer:
             job.donors[donor] += blocks
 
 
+def _of_no_more_use(completion: Completion) -> bool:
+    """Has the donor died or hung?"""
+    statuses = completion.statuses
+    return bool(len(statuses) and ((statuses == BlockStatus.UNREACHABLE).all() or (statuses == BlockStatus.TIMEOUT).any()))
+
+
 def _checksums(addresses: np.ndarray, length: int, seeds: list[int]) -> list[int]:
     lengths = np.full((len(seeds), 1), length, np.uint64)
     digests: list[int] = native.checksums(addresses.reshape(-1, 1), lengths, np.array(seeds, np.uint64)).tolist()
     return digests
 
 
-async def _completed(transfer: Transfer) -> Completion:
+async def completed(transfer: Transfer) -> Completion:
+    """Wait on the running loop. A waiter that is cancelled does not cancel the transfer."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Completion] = loop.create_future()
 

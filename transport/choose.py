@@ -2,9 +2,12 @@
 
     Transports ──> shm      (a node's arena: same host, same user, same memory file system)
                ├─> process  (an engine's KV cache in host memory: same host, same user, same pid namespace)
+               ├─> nixl     (GPU memory by CUDA IPC or RDMA; host memory of other hosts by RDMA)
                └─> tcp      (everybody else's arena, who knows the secret)
 
-Which one was chosen for a region is said once and kept for `paths`.
+Which one was chosen for a region is said once and kept for `paths`. NIXL is optional: where it is needed and cannot be used,
+that is said once, with the reason, and the others carry on. For host memory without RDMA it is passed over, since over plain
+TCP it is slower than `tcp`, unless it is the first in ``settings.transports``.
 
 Threads: all methods from any thread.
 """
@@ -14,22 +17,27 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvshare import processes
 from kvshare.transport.base import BlockStatus, ReadRequest, Transfer, Transport, failed
+from kvshare.transport.nixl import NixlTransport, available
 from kvshare.transport.process import ProcessTransport
+from kvshare.transport.ranges import extents
 from kvshare.transport.shm import ShmTransport
 from kvshare.transport.tcp import TcpTransport
 
 if TYPE_CHECKING:
     from kvshare.config import Settings
-    from kvshare.places import RegionDescription
+    from kvshare.device import DeviceTable
+    from kvshare.places import ProcessMemory, RegionDescription
     from kvshare.slots import Region
 
 log = logging.getLogger("kvshare")
 
 MEMORY_FILES = "/dev/shm"
+RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 def host_id() -> str:
@@ -40,6 +48,11 @@ def host_id() -> str:
     except OSError:
         device = 0
     return f"{processes.boot_id()}-{device}-{os.getuid()}"
+
+
+def has_rdma() -> bool:
+    """Has this host a network card that reads other hosts' memory?"""
+    return RDMA_DEVICES.is_dir() and any(RDMA_DEVICES.iterdir())
 
 
 class Transports:
@@ -56,18 +69,51 @@ class Transports:
         self._transports: list[Transport] = []
         self._chosen: dict[tuple[str, int], tuple[RegionDescription, Transport | None]] = {}  # by node and region
         self._lock = threading.Lock()
+        self._nixl_missing_said = False
+        self._nixl: NixlTransport | None = None
+        self._nixl_for_hosts = settings.transports[0] == "nixl" or has_rdma()
+        self._process = "process" in settings.transports
         for name in settings.transports:
-            if name == "shm":
+            if name == "nixl":
+                self._nixl = NixlTransport(host)
+                self._transports.append(self._nixl)
+            elif name == "shm":
                 self._transports.append(ShmTransport(host))
             elif name == "process":
                 self._transports.append(ProcessTransport())
             elif settings.secret:
                 bind = settings.bind if serve else ""
-                self._transports.append(TcpTransport(settings.secret, bind, settings.tcp_streams))
+                pace = settings.tcp_bytes_per_second
+                self._transports.append(TcpTransport(settings.secret, bind, settings.tcp_streams, bytes_per_second=pace))
 
     def register(self, region: Region) -> None:
+        """Serve a region of which this process is the owner."""
         for transport in self._transports:
-            transport.register(region)
+            if transport is not self._nixl:
+                transport.register(region)
+        if self._nixl is not None and self._nixl_for_hosts and self._nixl_works():
+            self._nixl.register(region)
+
+    def memory_of(self, region: Region) -> ProcessMemory | None:
+        """How a registered region is addressed in this process, for its description; None when nobody reads it so."""
+        return self._nixl.memory_of(region) if self._nixl is not None else None
+
+    def expose(self, memory: ProcessMemory, slots: int, table: DeviceTable | None) -> ProcessMemory | None:
+        """Serve an engine's KV cache of so many blocks: ``memory`` with all that peers need; None when nobody could read it.
+        ``table``: of its generations, if this process has it."""
+        if self._nixl is not None and (memory.kind != "DRAM" or self._nixl_for_hosts) and self._nixl_works():
+            return self._nixl.register_memory(memory, slots, table)
+        return memory if memory.kind == "DRAM" and self._process else None
+
+    def lands_directly(self, description: RegionDescription) -> bool:
+        """Can blocks of this region be read into GPU memory?"""
+        return self._nixl is not None and self._path(description) is self._nixl
+
+    def register_targets(self, memory: ProcessMemory, slots: int) -> None:
+        """Blocks may be read into this GPU memory. Raises NixlError."""
+        assert self._nixl is not None
+        for address, length in extents(memory, slots):
+            self._nixl.register_targets(address, length, memory.kind, memory.device)
 
     def deregister(self, region: Region) -> None:
         for transport in self._transports:
@@ -101,13 +147,25 @@ class Transports:
         known = self._chosen.get(key)
         if known is not None and known[0] == description and (known[1] is None or known[1].reaches(description)):
             return known[1]
-        transport = next((one for one in self._transports if one.reaches(description)), None)
+        able = [one for one in self._transports if one.reaches(description) and (one is not self._nixl or self._nixl_works())]
+        transport = able[0] if able else None
+        if transport is self._nixl and len(able) > 1 and not self._nixl_for_hosts:
+            transport = able[1]  # only memory that several reach: a host's
         with self._lock:
             self._chosen[key] = (description, transport)
         if known is None or known[1] is not transport:
             way = f"over {transport.name}" if transport is not None else "by no transport"
             log.info("kvshare: the %s region of %s is read %s", description.kind, description.node, way)
         return transport
+
+    def _nixl_works(self) -> bool:
+        """Asked only where it is needed: finding out takes a good part of a second."""
+        reason = available()
+        if reason and not self._nixl_missing_said:
+            self._nixl_missing_said = True
+            others = ", ".join(one.name for one in self._transports if one is not self._nixl) or "nothing"
+            log.warning("kvshare: NIXL cannot be used here (%s); falling back to %s", reason, others)
+        return not reason
 
     def forget(self, node: str) -> None:
         """A node is gone: drop what any transport keeps for it."""

@@ -25,52 +25,13 @@ import msgspec
 
 from kvshare import wire
 from kvshare.errors import ConfigError, ProtocolError, Unavailable
+from kvshare.places import GROUP_RANKS_MAX, GroupPlan
 
 log = logging.getLogger("kvshare")
 
-RANKS_MAX = 64
-PORTION_BYTES_MAX = 1 << 30
 MESSAGE_BYTES_MAX = 64 << 10  # a gloo address is some 200 bytes
 STRANGERS_MAX = 16  # connections beyond the members', so that guests in the handshake cannot keep members out
 PURPOSE = "group"
-
-
-class GroupPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What one rank must know of its group. The same for all but ``rank``, which is 0 for the donor.
-
-    group: random id. endpoint: "host:port" of the donor's board. backend: "gloo" (host memory, TCP) or "nccl" (through GPUs).
-    join_seconds: within which all ranks must have come, the first import of torch included. seconds: longest time without
-    progress afterwards, that is for one portion. portion_bytes: moved at a time; every rank has two buffers of it.
-
-    Raises:
-        ValueError: a value is impossible; when decoded, msgspec's ValidationError.
-    """
-
-    group: bytes
-    endpoint: str
-    ranks: int
-    rank: int = 0
-    backend: str = "gloo"
-    join_seconds: float = 30.0
-    seconds: float = 5.0
-    portion_bytes: int = 16 << 20
-
-    def __post_init__(self) -> None:
-        faults = {
-            f"a group has 2 to {RANKS_MAX} ranks, not {self.ranks}": not 2 <= self.ranks <= RANKS_MAX,
-            f"rank {self.rank} is none of {self.ranks}": not 0 <= self.rank < self.ranks,
-            f"backend {self.backend!r} is neither 'gloo' nor 'nccl'": self.backend not in ("gloo", "nccl"),
-            "a group's limits of time must be positive": not (self.join_seconds > 0 and self.seconds > 0),
-            f"portions of {self.portion_bytes} bytes are impossible": not 0 < self.portion_bytes <= PORTION_BYTES_MAX,
-            "a group's id has 16 bytes": len(self.group) != 16,
-        }
-        wrong = [fault for fault, found in faults.items() if found]
-        if wrong:
-            raise ValueError("; ".join(wrong))
-
-    def for_rank(self, rank: int) -> GroupPlan:
-        """The same group's plan for another rank. Raises ValueError."""
-        return msgspec.structs.replace(self, rank=rank)
 
 
 def announce(bind: str, ranks: int, **limits: object) -> tuple[socket.socket, GroupPlan]:
@@ -84,7 +45,7 @@ def announce(bind: str, ranks: int, **limits: object) -> tuple[socket.socket, Gr
     """
     family = socket.AF_INET6 if ":" in bind else socket.AF_INET
     try:
-        listener = socket.create_server((bind, 0), family=family, backlog=RANKS_MAX)
+        listener = socket.create_server((bind, 0), family=family, backlog=GROUP_RANKS_MAX)
     except OSError as error:
         raise ConfigError(f"cannot listen on {bind}: {error}; set 'bind' to an address of this host.") from error
     host = f"[{bind}]" if ":" in bind else bind
@@ -284,7 +245,7 @@ class Member:
             try:
                 # A donor that is stopped answers nothing: the limit is ours.
                 self._sock.settimeout(seconds + 0.25)
-                answer = _answers.decode(wire.receive_frame(self._sock, RANKS_MAX * MESSAGE_BYTES_MAX))
+                answer = _answers.decode(wire.receive_frame(self._sock, GROUP_RANKS_MAX * MESSAGE_BYTES_MAX))
             except (OSError, ProtocolError, msgspec.MsgspecError) as error:
                 self.close()  # an answer that comes late would be taken for the next one
                 raise Unavailable(f"the donor does not answer: {error}") from error

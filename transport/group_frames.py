@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from kvshare import native
 from kvshare.errors import AuthenticationError, ProtocolError
-from kvshare.transport.group import GroupPlan
+from kvshare.places import GroupPlan
 from kvshare.wire import MAC_BYTES
 
 U8 = npt.NDArray[np.uint8]

@@ -33,8 +33,9 @@ import numpy.typing as npt
 
 from kvshare import native
 from kvshare.errors import KVShareError, TransportError, Unavailable
+from kvshare.places import GroupPlan
 from kvshare.transport.base import BlockStatus, Completion, ReadRequest
-from kvshare.transport.group import Board, GroupPlan, Member
+from kvshare.transport.group import Board, Member
 from kvshare.transport.group_frames import OPENING, ROW, U8, U64, Frames, Rows, Shape, row_addresses
 from kvshare.transport.group_source import Source
 

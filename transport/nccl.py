@@ -23,8 +23,9 @@ from datetime import timedelta
 from typing import Any
 
 from kvshare.errors import TransportError, Unavailable
+from kvshare.places import GroupPlan
 from kvshare.transport.base import BlockStatus
-from kvshare.transport.group import Board, GroupPlan, Member, announce
+from kvshare.transport.group import Board, Member, announce
 from kvshare.transport.group_frames import U8
 from kvshare.transport.group_source import DeviceSource, RegionSource, Source
 from kvshare.transport.group_transfer import Broken, Buffer, GroupTransfer

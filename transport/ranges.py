@@ -7,10 +7,13 @@ spans          │  0     │1 │ 2     │ 3     │
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from kvshare.places import ProcessMemory
 
 U64 = npt.NDArray[np.uint64]
 
@@ -71,3 +74,20 @@ def coalesce(ranges: Spans) -> Spans:
         return ranges
     first = np.flatnonzero(np.concatenate([[True], ~joined]))
     return Spans(targets[first], sources[first], np.add.reduceat(lengths, first))
+
+
+def united(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges (start, end), some of which overlap or touch, as few (address, length), in order."""
+    made: list[list[int]] = []
+    for start, end in sorted(places):
+        if made and start <= made[-1][1]:
+            made[-1][1] = max(made[-1][1], end)
+        else:
+            made.append([start, end])
+    return [(start, end - start) for start, end in made]
+
+
+def extents(memory: ProcessMemory, slots: int) -> list[tuple[int, int]]:
+    """The memory (address, length) that so many slots of a region take."""
+    places = zip(memory.bases, memory.strides, memory.page_bytes, strict=True)
+    return united((base, base + stride * (slots - 1) + length) for base, stride, length in places)

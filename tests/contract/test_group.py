@@ -23,10 +23,11 @@ import pytest
 from kvshare import native
 from kvshare.device import DeviceTable
 from kvshare.errors import AuthenticationError, ConfigError, ProtocolError, RegionError, TransportError, Unavailable
+from kvshare.places import GroupPlan
 from kvshare.slots import Region
 from kvshare.transport import nccl
 from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Targets
-from kvshare.transport.group import Board, GroupPlan, Member, announce
+from kvshare.transport.group import Board, Member, announce
 from kvshare.transport.group_frames import HEAD, MAGIC, ROW, Frames, Rows, Shape
 from kvshare.transport.group_source import DeviceSource, RegionSource
 from kvshare.transport.ranges import page_addresses

@@ -19,7 +19,8 @@ import pytest
 
 from kvshare import keys
 from kvshare.config import Settings
-from kvshare.directory import Broadcast, Close, Connected, Directory, Disconnected, Event, Heard, Lost, Send, Tell, Tick
+from kvshare.directory import Directory
+from kvshare.directory_events import Broadcast, Close, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
 from kvshare.index import MemoryIndex
 from kvshare.messages import (
     PROTOCOL_VERSION,
@@ -171,7 +172,7 @@ class Fleet:
         self.by_connection[connection] = node
         self.arrivals[connection] = self.now + 0.001
         self.later(0.001, lambda: self.feed(Connected(connection)))
-        self.send(node, Join(PROTOCOL_VERSION, node.describe()))
+        self.send(node, Join(PROTOCOL_VERSION, node.describe(), False))
         self.beat(node, connection)
 
     def beat(self, node: Node, connection: int) -> None:
@@ -266,7 +267,7 @@ class Fleet:
         bytes_max = self.random.randrange(40) * LENGTH
         wanted = chain(self.random.randrange(self.prompts))
         (found,) = self.directory.handle(Heard(node.connection, Find(1, wanted)), self.now)
-        (made,) = self.directory.handle(Heard(node.connection, AskPlan(2, FAMILY, bytes_max, 30.0)), self.now)
+        (made,) = self.directory.handle(Heard(node.connection, AskPlan(2, FAMILY, bytes_max, 30.0, False)), self.now)
         assert isinstance(found, Send) and isinstance(found.message, Found)
         assert isinstance(made, Send) and isinstance(made.message, Plan)
         named = {where.node for places in found.message.locations for where in places}

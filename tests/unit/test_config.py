@@ -21,7 +21,7 @@ def test_without_anything_given_the_defaults_hold() -> None:
     settings = Settings.load({}, {})
     assert settings == Settings()
     assert settings.arena_bytes == 4 * GIB
-    assert settings.transports == ("shm", "tcp")
+    assert settings.transports == ("shm", "process", "nixl", "tcp")
 
 
 def test_environment_beats_defaults_and_overrides_beat_environment() -> None:
@@ -75,10 +75,12 @@ BAD: list[tuple[str, Any, str]] = [
     ("bind", 7, "text"),
     ("port", 70000, "0 to 65535"),
     ("directory", "somewhere", "'host:port'"),
-    ("transports", "rdma", "'shm', 'tcp'"),
+    ("transports", "rdma", "shm, process, nixl, tcp"),
     ("transports", (), "at least one"),
     ("tcp_streams", 0, "1 or more"),
     ("tcp_streams", 65, "1 to 64"),
+    ("tcp_bytes_per_second", -1, "0 or more"),
+    ("tcp_bytes_per_second", 1000, "1MB or more"),
     ("message_bytes_max", 10, "or more"),
     ("lookup_seconds", 0, "positive number of seconds"),
     ("lookup_seconds", "soon", "seconds"),
@@ -86,6 +88,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("transfer_seconds", float("nan"), "positive number of seconds"),
     ("heartbeat_seconds", float("inf"), "positive number of seconds"),
     ("warm_bytes", -5, "0 or more"),
+    ("warm_group_ranks", 1, "2 to 63, or 0"),
+    ("warm_group_ranks", 64, "2 to 63, or 0"),
+    ("warm_gather_seconds", 0, "positive"),
     ("autostart", "perhaps", "true"),
     ("save_bytes_max", -1, "0 or more"),
     ("load_bytes_max", -1, "0 or more"),

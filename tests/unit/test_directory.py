@@ -9,20 +9,8 @@ import pytest
 
 from kvshare import keys
 from kvshare.config import Settings
-from kvshare.directory import (
-    FIND_KEYS_MAX,
-    Broadcast,
-    Close,
-    Command,
-    Connected,
-    Directory,
-    Disconnected,
-    Heard,
-    Lost,
-    Send,
-    Tell,
-    Tick,
-)
+from kvshare.directory import FIND_KEYS_MAX, Directory
+from kvshare.directory_events import Broadcast, Close, Command, Connected, Disconnected, Heard, Lost, Send, Tell, Tick
 from kvshare.index import MemoryIndex
 from kvshare.keys import Namespace
 from kvshare.messages import (
@@ -34,6 +22,8 @@ from kvshare.messages import (
     Declared,
     Find,
     Found,
+    Host,
+    Hosted,
     Join,
     Message,
     NodeJoined,
@@ -44,7 +34,7 @@ from kvshare.messages import (
     Resync,
     Welcome,
 )
-from kvshare.places import Location, NodeDescription, Stored
+from kvshare.places import GroupPlan, Location, NodeDescription, Stored
 
 FAMILY = b"f" * keys.FAMILY_BYTES
 LENGTH = 4096
@@ -91,7 +81,7 @@ class Play:
 
     def join(self, name: str, publish: list[Stored] | None = None, **description: Any) -> int:
         connection = self.connect()
-        self.hear(connection, Join(PROTOCOL_VERSION, described(name, **description)))
+        self.hear(connection, Join(PROTOCOL_VERSION, described(name, **description), False))
         if publish is not None:
             self.publish(connection, name, 1, publish, full=True)
         return connection
@@ -120,7 +110,7 @@ class Play:
         return [[where.node for where in places] for places in found.locations]
 
     def plan(self, connection: int, bytes_max: int = 10**6) -> Plan:
-        made = self.answer(connection, AskPlan(1, FAMILY, bytes_max, 10.0))
+        made = self.answer(connection, AskPlan(1, FAMILY, bytes_max, 10.0, False))
         assert isinstance(made, Plan)
         return made
 
@@ -136,7 +126,7 @@ def play() -> Play:
 def test_a_node_that_joins_is_welcomed_and_told_to_the_others(play: Play) -> None:
     a = play.join("a")
     b = play.connect()
-    assert play.hear(b, Join(PROTOCOL_VERSION, described("b"))) == [
+    assert play.hear(b, Join(PROTOCOL_VERSION, described("b"), False)) == [
         Send(b, Welcome(99, [described("a")])),
         Broadcast((a,), NodeJoined(described("b"))),
     ]
@@ -145,8 +135,8 @@ def test_a_node_that_joins_is_welcomed_and_told_to_the_others(play: Play) -> Non
 def test_a_changed_description_is_told_and_an_equal_one_is_not(play: Play) -> None:
     a, b = play.join("a"), play.join("b")
     changed = described("a", endpoint="10.0.0.9:9")
-    assert play.hear(a, Join(PROTOCOL_VERSION, changed)) == [Broadcast((b,), NodeJoined(changed))]
-    assert play.hear(a, Join(PROTOCOL_VERSION, changed)) == []
+    assert play.hear(a, Join(PROTOCOL_VERSION, changed, False)) == [Broadcast((b,), NodeJoined(changed))]
+    assert play.hear(a, Join(PROTOCOL_VERSION, changed, False)) == []
 
 
 def test_a_closed_connection_is_a_lost_node_and_its_blocks_are_forgotten(play: Play) -> None:
@@ -209,7 +199,7 @@ def test_a_connection_that_never_says_anything_is_closed_too(play: Play) -> None
 def test_a_restarted_node_takes_over_from_its_lingering_connection(play: Play) -> None:
     old, b = play.join("a", stored("x")), play.join("b")
     new = play.connect()
-    close, welcome, told = play.hear(new, Join(PROTOCOL_VERSION, described("a", epoch=EPOCH + 1)))
+    close, welcome, told = play.hear(new, Join(PROTOCOL_VERSION, described("a", epoch=EPOCH + 1), False))
     assert isinstance(close, Close) and close.connection == old
     assert welcome == Send(new, Welcome(99, [described("b")]))
     assert told == Broadcast((b,), NodeJoined(described("a", epoch=EPOCH + 1)))
@@ -221,14 +211,14 @@ def test_a_restarted_node_takes_over_from_its_lingering_connection(play: Play) -
 def test_a_node_that_reconnects_before_its_old_connection_broke_takes_over_as_well(play: Play) -> None:
     old = play.join("a", stored("x"))
     new = play.connect()
-    close, _ = play.hear(new, Join(PROTOCOL_VERSION, described("a")))
+    close, _ = play.hear(new, Join(PROTOCOL_VERSION, described("a"), False))
     assert isinstance(close, Close) and close.connection == old
 
 
 def test_of_two_nodes_with_one_name_the_older_start_is_turned_away(play: Play) -> None:
     play.join("a", stored("x"))
     older, b = play.connect(), play.join("b")
-    (close,) = play.hear(older, Join(PROTOCOL_VERSION, described("a", epoch=EPOCH - 1)))
+    (close,) = play.hear(older, Join(PROTOCOL_VERSION, described("a", epoch=EPOCH - 1), False))
     assert isinstance(close, Close) and close.connection == older and "node_name" in close.reason
     assert play.find(b, "x") == [["a"]]
 
@@ -239,7 +229,7 @@ def test_of_two_nodes_with_one_name_the_older_start_is_turned_away(play: Play) -
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        (Join(PROTOCOL_VERSION + 1, described("a")), "run one version"),
+        (Join(PROTOCOL_VERSION + 1, described("a"), False), "run one version"),
         (Beat(), "before it joined"),
         (Find(1, []), "before it joined"),
         (Publish("a", EPOCH, 1, True, [], []), "before it joined"),
@@ -254,7 +244,7 @@ def test_a_stranger_that_breaks_the_protocol_is_closed(play: Play, message: Mess
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        (Join(PROTOCOL_VERSION, described("z")), "joined again as z"),
+        (Join(PROTOCOL_VERSION, described("z"), False), "joined again as z"),
         (Publish("b", EPOCH, 2, False, [], []), "publishes for b"),
         (Publish("a", EPOCH, 2, False, [Stored(bytes(65), 1, 0, 2, 1)], []), "length"),
         (Report([[bytes(keys.PREFIX_BYTES)]]), "length"),
@@ -339,7 +329,7 @@ def test_a_publish_of_another_epoch_asks_for_everything(play: Play) -> None:
 def test_an_epoch_that_changes_on_its_connection_voids_the_inventory(play: Play) -> None:
     a, b = play.join("a", stored("x")), play.join("b")
     new = described("a", epoch=EPOCH + 1)
-    assert play.hear(a, Join(PROTOCOL_VERSION, new)) == [Broadcast((b,), NodeJoined(new)), Send(a, Resync())]
+    assert play.hear(a, Join(PROTOCOL_VERSION, new, False)) == [Broadcast((b,), NodeJoined(new)), Send(a, Resync())]
     assert play.find(b, "x") == [[]]
     play.publish(a, "a", 2, stored("y"), full=True, epoch=EPOCH + 1)
     assert play.find(b, "y") == [["a"]]
@@ -445,3 +435,132 @@ def test_the_index_limits_locations_as_well_as_keys() -> None:
     assert refused == [1, 1, 3]
     assert (len(index), index.locations()) == (2, 4)
     assert not index.check()
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grouping() -> Play:
+    """A directory that makes groups of two, and a capable donor "a" that has hot blocks."""
+    play = Play(warm_group_ranks=2, warm_gather_seconds=1.0)
+    donor = play.join("a", stored("1", "12"))
+    assert play.hear(donor, Join(PROTOCOL_VERSION, described("a"), True)) == []
+    play.hear(donor, Report([[key("1"), key("12")]]))
+    return play
+
+
+ASK = AskPlan(5, FAMILY, 10**6, 10.0, True)
+HOT = [key("1"), key("12")]
+
+
+def sent(commands: list[Command]) -> list[tuple[int, Any]]:
+    assert all(isinstance(command, Send) for command in commands)
+    return [(command.connection, command.message) for command in commands if isinstance(command, Send)]
+
+
+def asked_to_host(play: Play) -> tuple[int, int, Host]:
+    """Two joiners and the question to the donor, which is connection 1."""
+    b, c = play.join("b", []), play.join("c", [])
+    assert play.hear(b, ASK) == []
+    ((donor, host),) = sent(play.hear(c, ASK))
+    assert donor == 1 and isinstance(host, Host)
+    return b, c, host
+
+
+def hosted(host: Host) -> Hosted:
+    return Hosted(host.ask, GroupPlan(bytes(16), "10.0.0.1:2", host.ranks))
+
+
+def singly(commands: list[Command]) -> list[int]:
+    """Connections that were sent plans of their own, which name all that is hot."""
+    for _, plan in sent(commands):
+        assert isinstance(plan, Plan) and plan.ask == ASK.ask and plan.group is None
+        assert [item.key for item in plan.items] == HOT
+    return [connection for connection, _ in sent(commands)]
+
+
+def test_joiners_that_ask_together_are_given_the_same_blocks_by_one_donor(grouping: Play) -> None:
+    b, c, host = asked_to_host(grouping)
+    assert host.ranks == 3 and [(item.key, item.location.node) for item in host.items] == [(name, "a") for name in HOT]
+    plans = sent(grouping.hear(1, hosted(host)))
+    assert [(connection, plan.ask, plan.items) for connection, plan in plans] == [(b, 5, host.items), (c, 5, host.items)]
+    assert [plan.group.rank for _, plan in plans] == [1, 2]
+    assert grouping.directory.status().counters["groups"] == 1
+
+
+def test_a_joiner_that_is_alone_is_answered_when_it_has_waited(grouping: Play) -> None:
+    b = grouping.join("b", [])
+    assert grouping.hear(b, ASK) == []
+    assert grouping.directory.next_deadline() == 101.0
+    grouping.now = 101.0
+    assert singly(grouping.directory.handle(Tick(), 101.0)) == [b]
+    assert grouping.directory.next_deadline() == 115.0
+
+
+def test_who_takes_no_part_or_finds_nothing_hot_does_not_wait(grouping: Play) -> None:
+    b = grouping.join("b", [])
+    assert singly(grouping.hear(b, msgspec.structs.replace(ASK, group=False))) == [b]
+    ((_, plan),) = sent(grouping.hear(b, msgspec.structs.replace(ASK, family=b"g" * keys.FAMILY_BYTES)))
+    assert plan == Plan(5, [], 0, None)
+
+
+def test_without_the_setting_there_are_no_groups(play: Play) -> None:
+    a, b = play.join("a", stored("1", "12")), play.join("b", [])
+    play.hear(a, Report([HOT]))
+    assert singly(play.hear(b, ASK)) == [b]
+
+
+@pytest.mark.parametrize("why", ["incapable", "without endpoint", "not there"])
+def test_joiners_without_a_possible_donor_get_plans_of_their_own(grouping: Play, why: str) -> None:
+    b, c = grouping.join("b", []), grouping.join("c", [])
+    described_anew = described("a", endpoint="" if why == "without endpoint" else "10.0.0.1:1")
+    if why == "not there":
+        grouping.directory.handle(Disconnected(1), grouping.now)
+    else:
+        grouping.hear(1, Join(PROTOCOL_VERSION, described_anew, why != "incapable"))
+    assert grouping.hear(b, ASK) == []
+    plans = sent(grouping.hear(c, ASK))
+    assert [(connection, plan.group) for connection, plan in plans] == [(b, None), (c, None)]
+    assert all(bool(plan.items) == (why == "incapable") for _, plan in plans)
+
+
+def test_a_donor_that_refuses_leaves_the_joiners_to_plans_of_their_own(grouping: Play) -> None:
+    b, c, host = asked_to_host(grouping)
+    assert singly(grouping.hear(1, Hosted(host.ask, None))) == [b, c]
+
+
+def test_a_silent_donor_leaves_the_joiners_to_plans_of_their_own(grouping: Play) -> None:
+    b, c, host = asked_to_host(grouping)
+    deadline = grouping.directory.next_deadline()
+    assert deadline is not None and 100.0 < deadline < 115.0
+    assert singly(grouping.directory.handle(Tick(), deadline)) == [b, c]
+    assert grouping.hear(1, hosted(host)) == []
+
+
+def test_a_lost_donor_leaves_the_joiners_to_plans_of_their_own(grouping: Play) -> None:
+    grouping.join("d", stored("1", "12"))
+    b, c, _ = asked_to_host(grouping)
+    grouping.directory.handle(Disconnected(1), grouping.now)
+    assert not grouping.directory.check()
+    deadline = grouping.directory.next_deadline()
+    assert deadline is not None and deadline <= grouping.now
+    plans = grouping.directory.handle(Tick(), grouping.now)
+    assert singly(plans) == [b, c]
+    assert {item.location.node for _, plan in sent(plans) for item in plan.items} == {"d"}
+
+
+def test_a_joiner_lost_before_the_group_is_made_leaves_the_other_to_a_plan_of_its_own(grouping: Play) -> None:
+    b, c, host = asked_to_host(grouping)
+    grouping.directory.handle(Disconnected(b), grouping.now)
+    assert not grouping.directory.check()
+    assert singly(grouping.hear(1, hosted(host))) == [c]
+    assert grouping.directory.handle(Tick(), grouping.now) == []
+
+
+def test_a_group_of_a_donor_that_joiners_must_share_counts_as_its_work_once(grouping: Play) -> None:
+    _, _, host = asked_to_host(grouping)
+    grouping.join("d", stored("1", "12"))
+    grouping.hear(1, hosted(host))
+    e = grouping.join("e", [])
+    assert {item.location.node for item in grouping.plan(e).items} == {"d"}  # "a" is at work

@@ -48,7 +48,7 @@ class Client:
         self.decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromDirectory)
         self.name = name
         if name:
-            self.send(Join(PROTOCOL_VERSION, NodeDescription(name, 1, name, "127.0.0.1:1", ())))
+            self.send(Join(PROTOCOL_VERSION, NodeDescription(name, 1, name, "127.0.0.1:1", ()), False))
             self.receive(Welcome)
 
     def send(self, message: Message) -> None:

@@ -12,7 +12,7 @@ import pytest
 from kvshare import messages
 from kvshare.keys import Namespace
 from kvshare.messages import FromDirectory, Message, ToDirectory, ToNode, ToSession
-from kvshare.places import Location, NodeDescription, ProcessMemory, RegionDescription, Stored, WarmItem
+from kvshare.places import GroupPlan, Location, NodeDescription, ProcessMemory, RegionDescription, Stored, WarmItem
 
 CHANNELS = {"ToNode": ToNode, "ToSession": ToSession, "ToDirectory": ToDirectory, "FromDirectory": FromDirectory}
 
@@ -46,6 +46,7 @@ EXAMPLES: dict[Any, Any] = {
     Location: LOCATION,
     Stored: Stored(b"key", 4096, 8, 2**63 + 4, 4000),
     WarmItem: WarmItem(b"key", LOCATION),
+    GroupPlan | None: GroupPlan(b"\xff" * 16, "10.0.0.1:7", 3, 2, "nccl", 0.5, 0.25, 1 << 29),
 }
 
 

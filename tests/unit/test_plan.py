@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare.hotness import NO_PARENT, HotKey
 from kvshare.places import Location
-from kvshare.plan import WarmPlan, plan_warm
+from kvshare.plan import WarmPlan, plan_group, plan_warm
 
 LENGTH = 100
 
@@ -119,3 +120,42 @@ def test_any_plan_is_closed_and_within_its_limits(data: st.DataObject) -> None:
     for name in keys_of(made):
         assert name[:-1] in usable
         usable.add(name)
+
+
+# --- for several nodes at once ----------------------------------------------------------------------------------------------
+
+
+def together(hot: list[HotKey], places: Mapping[str, list[Location]], *held: str, **limits: Any) -> WarmPlan:
+    """``held``: keys, parted by commas, of each node."""
+    sets = [set(keys.encode().split(b",")) for keys in held]
+    limits = {"bytes_max": 10**6, "seconds_max": 1e6, **limits}
+    return plan_group(hot, sets, lambda key: places.get(key.decode(), []), **limits)
+
+
+def test_a_group_is_given_what_any_of_its_nodes_lacks() -> None:
+    places = {"abc"[: i + 1]: [place("X")] for i in range(3)}
+    made = together(ranked("abc"), places, "a,ab", "a")
+    assert (keys_of(made), made.present) == (["ab", "abc"], 1)
+    assert together(ranked("abc"), places, "a,ab,abc", "a,ab,abc").items == []
+
+
+def test_a_group_is_given_blocks_of_one_region_and_length_by_the_donor_that_has_most() -> None:
+    places = {"a": [place("X"), place("Y")], "ab": [place("Y"), place("X")], "b": [place("Y", 2 * LENGTH), place("X")]}
+    made = together(ranked("ab", "b"), places, "", "")
+    assert keys_of(made) == ["a", "ab", "b"]
+    assert {(item.location.node, item.location.length) for item in made.items} == {("X", LENGTH)}
+    places["b"] = [place("Y", 2 * LENGTH)]
+    assert keys_of(together(ranked("ab", "b"), places, "", "")) == ["a", "ab"]
+
+
+def test_of_equal_donors_of_a_group_the_one_that_is_less_busy_is_taken() -> None:
+    places = {"a": [place("X"), place("Y")]}
+    for busy, spared in (("X", "Y"), ("Y", "X")):
+        assert together(ranked("a"), places, "", "", busy={busy: 1.0}).items[0].location.node == spared
+
+
+def test_a_group_keeps_to_its_bytes_and_to_chains_and_may_be_empty() -> None:
+    places = {"a": [place("X")], "ab": [place("X")], "cd": [place("X")]}
+    assert keys_of(together(ranked("ab", "cd"), places, "", "", bytes_max=LENGTH)) == ["a"]
+    assert keys_of(together(ranked("ab", "cd"), places, "", "")) == ["a", "ab"]  # nobody has "c"
+    assert together(ranked("ab"), {}, "", "").items == []

@@ -189,11 +189,16 @@ def test_a_donor_killed_in_the_middle_is_a_miss_at_once(site: Site, donor: Engin
     assert told
     donor.tell("generate", prompts=PROMPTS, tokens=2)
     pids = {region.memory.pid for _, _, region in told if region.memory is not None}
-    for turn in range(40):
-        if turn == 20:
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
-        reader.read(random.Random(turn).sample(told, min(BLOCKS, len(told))))
-    assert reader.seen["UNREACHABLE"] > 0
+    chance = random.Random(6)
+
+    def read() -> int:
+        reader.read(chance.sample(told, min(BLOCKS, len(told))))
+        return reader.seen["UNREACHABLE"]
+
+    for _ in range(20):
+        assert read() == 0
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert eventually(read), "until the kernel has taken the process apart its memory is there, and right"
     assert eventually(lambda: not site.nodes[0].exposed), "the engine ends without its worker, its node forgets it"
     assert eventually(lambda: not reader.where(list(reader.known))), "and so does everybody else"
