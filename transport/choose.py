@@ -17,12 +17,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvshare import processes
 from kvshare.transport.base import BlockStatus, ReadRequest, Transfer, Transport, failed
 from kvshare.transport.nixl import NixlTransport, available
+from kvshare.transport.nixl_lane import has_rdma
 from kvshare.transport.process import ProcessTransport
 from kvshare.transport.ranges import extents
 from kvshare.transport.shm import ShmTransport
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvshare")
 
 MEMORY_FILES = "/dev/shm"
-RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 def host_id() -> str:
@@ -48,11 +47,6 @@ def host_id() -> str:
     except OSError:
         device = 0
     return f"{processes.boot_id()}-{device}-{os.getuid()}"
-
-
-def has_rdma() -> bool:
-    """Has this host a network card that reads other hosts' memory?"""
-    return RDMA_DEVICES.is_dir() and any(RDMA_DEVICES.iterdir())
 
 
 class Transports:
@@ -75,7 +69,8 @@ class Transports:
         self._process = "process" in settings.transports
         for name in settings.transports:
             if name == "nixl":
-                self._nixl = NixlTransport(host)
+                # Over plain TCP a reader that dies can take the owner along (decision 9): only if the user insists.
+                self._nixl = NixlTransport(host, tcp=settings.transports[0] == "nixl")
                 self._transports.append(self._nixl)
             elif name == "shm":
                 self._transports.append(ShmTransport(host))
@@ -114,6 +109,10 @@ class Transports:
         assert self._nixl is not None
         for address, length in extents(memory, slots):
             self._nixl.register_targets(address, length, memory.kind, memory.device)
+
+    def quarantined(self) -> list[tuple[int, int]]:
+        """Registered GPU memory (address, length) to which reads that were given up may still write."""
+        return self._nixl.quarantined() if self._nixl is not None else []
 
     def deregister(self, region: Region) -> None:
         for transport in self._transports:

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from kvshare import processes
 from kvshare.config import Settings
 from kvshare.device import STRIDE, DeviceTable, table_path
-from kvshare.errors import NamespaceError, RegionError, Unavailable
+from kvshare.errors import NamespaceError, RegionError, TransportError, Unavailable
 from kvshare.integrations.vllm.identity import namespaces_of
 from kvshare.integrations.vllm.layout import Layout
 from kvshare.integrations.vllm.live import Exposure, LiveCache
@@ -29,6 +29,7 @@ from kvshare.messages import Expose
 from kvshare.mover import Mover
 from kvshare.places import ProcessMemory
 from kvshare.session import Session
+from kvshare.transport.choose import Transports
 
 if TYPE_CHECKING:
     import torch
@@ -79,12 +80,13 @@ def attach_worker(
         log.warning(UNSHARED, error)
         return None
     mover = Mover(session, affinity=free_processors())
+    offers, table = _offers(mover.transports, settings, layouts, shards, kv_cache_config.num_blocks, first)
     parts: list[Pages] = [HostPages(part, mover) for part in layouts]
     if layout.device == "cuda":
         device = Cuda(next(iter(kv_caches.values())).device)
-        parts = [DevicePages(part, kv_caches, mover, device) for part in layouts]
+        direct = _direct(mover.transports, layouts, kv_cache_config.num_blocks) if offers else None
+        parts = [DevicePages(part, kv_caches, mover, device, direct) for part in layouts]
     pages = ShardedPages(shards, parts, [namespace.family() for namespace in namespaces])
-    table = _device_table(settings, layout, kv_cache_config.num_blocks) if first else None
 
     def close() -> None:
         if table is not None:
@@ -95,7 +97,6 @@ def attach_worker(
 
     if first:
         log.info("kvshare: shares blocks of %d bytes as %s", layout.block_bytes, namespaces[0].family().hex())
-    offers = {shard: _offer(part, table) for shard, part in zip(shards.own, layouts, strict=True) if part.device == "cpu"}
     return WorkerHalf(pages, mover.measured, close), Hello(namespaces, layout.block_bytes, offers)
 
 
@@ -109,27 +110,50 @@ def _layouts(
     return [Layout.of(kv_caches, kv_cache_config, vllm_config, shards.heads(shard, heads)) for shard in shards.own]
 
 
-def _device_table(settings: Settings, layout: Layout, blocks: int) -> DeviceTable | None:
-    """Generations of the rank's blocks; None, and said why, where peers will not read them."""
-    if layout.device != "cpu":
-        return None
+def _offers(
+    transports: Transports, settings: Settings, layouts: list[Layout], shards: Shards, blocks: int, first: bool
+) -> tuple[dict[int, Expose], DeviceTable | None]:
+    """How peers find each shard of the rank's blocks, if they can read them at all. The first rank makes the table of all."""
+    memories = {}
+    table = None
     try:
-        return DeviceTable.create(table_path(settings.arena_stem), blocks, layout.block_bytes)
-    except RegionError as error:
+        if first:
+            table = DeviceTable.create(table_path(settings.arena_stem), blocks, layouts[0].block_bytes)
+        for shard, layout in zip(shards.own, layouts, strict=True):
+            memory = transports.expose(_memory(layout, table), blocks, table)
+            if memory is not None:
+                memories[shard] = memory
+    except (RegionError, TransportError) as error:
         log.warning("kvshare: peers cannot read this engine's own cache: %s", error)
+        memories = {}
+    if table is not None and not memories:
+        table.unlink()
+        table = None
+    path = "" if table is None else table.path
+    offers = {
+        shard: Expose(secrets.randbits(62), path, blocks, layouts[0].block_bytes, memory) for shard, memory in memories.items()
+    }
+    return offers, table
+
+
+def _direct(transports: Transports, layouts: list[Layout], blocks: int) -> Transports | None:
+    """Have peers' blocks land in these pages of GPU memory, which peers can read; None, and said why, where they cannot."""
+    try:
+        for layout in layouts:
+            transports.register_targets(_memory(layout, None), blocks)
+    except TransportError as error:
+        log.warning("kvshare: blocks of other GPUs take the way through host memory: %s", error)
         return None
+    return transports
 
 
-def _offer(layout: Layout, table: DeviceTable | None) -> Expose:
-    """How peers find a shard of the rank's blocks. The first rank's table is that of all."""
+def _memory(layout: Layout, table: DeviceTable | None) -> ProcessMemory:
     processes.allow_reading()
     pid = os.getpid()
+    kind = "DRAM" if layout.device == "cpu" else "VRAM"
     bases, strides, lengths = (tuple(column.tolist()) for column in (layout.bases, layout.strides, layout.page_bytes))
-    path, slots, address = ("", 0, 0) if table is None else (table.path, table.slots, table.table_address)
-    memory = ProcessMemory(
-        pid, processes.started(pid), processes.pid_space(), "DRAM", 0, bases, strides, lengths, address, STRIDE
-    )
-    return Expose(secrets.randbits(62), path, slots, layout.block_bytes, memory)
+    pages = bases, strides, lengths, 0 if table is None else table.table_address, STRIDE
+    return ProcessMemory(pid, processes.started(pid), processes.pid_space(), kind, layout.device_index, *pages)
 
 
 def attach_scheduler(vllm_config: VllmConfig, settings: Settings, hellos: list[Hello]) -> SchedulerHalf | None:

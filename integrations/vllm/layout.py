@@ -53,7 +53,7 @@ class Layout:
         return int(self.page_bytes.sum())
 
     def targets(self, block_ids: Sequence[int]) -> Targets:
-        """The pages of these blocks, for a load or a save. Only for memory that the CPU can address."""
+        """The pages of these blocks, for a load or a save. Addresses in the layout's device."""
         ids = np.asarray(block_ids, np.uint64)
         return Targets(self.bases[None, :] + ids[:, None] * self.strides[None, :], self.page_bytes)
 

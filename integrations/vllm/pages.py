@@ -6,10 +6,13 @@
 
     save: mark in the engine's stream ──> our streams wait for it, gather pages, copy into pinned memory ──> Mover.save
     load: Mover.load into pinned memory, verified there ──> copied to the device, scattered into pages ──> complete
+          another GPU's blocks: our thread waits for the mark ──> Mover.load into the pages themselves ──> complete
 
 Saved pages are read after all that the engine was given before `save`; loaded pages are written to after all that it was given
 before `load`, since they may have belonged to a request whose last step is still under way. A load completes when our
 streams are done: what the engine is given from then on finds the blocks.
+
+Which blocks land directly, and what is done when such a read hangs, is in `kvshare.integrations.vllm.direct`.
 
 The device path follows vLLM's ordering rules by reading; it has been run against stand-ins for the device only, one of
 which does things in any order that streams allow.
@@ -24,24 +27,30 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from kvshare.integrations.vllm.direct import Direct, DirectLoad, Ended, Held, Joined, may_be_written_to, part_of
 from kvshare.integrations.vllm.gather import I64, Device, Lane, PageRows, Pinned, Stager
 from kvshare.integrations.vllm.layout import Layout
-from kvshare.loading import LoadPlan
+from kvshare.loading import LoadPlan, SourceRead
+from kvshare.places import DEVICE
 from kvshare.transport.base import BlockStatus, Completion, Transfer
 
 if TYPE_CHECKING:
-    from kvshare.mover import Mover, SaveJob
+    from kvshare.mover import Mover
+    from kvshare.saving import SaveJob
 
 log = logging.getLogger("kvshare")
 Work = TypeVar("Work")
 
 SAVE_BYTES = 32 << 20  # handed over at once
 PINNED_AT_START_BYTES = 64 << 20  # before the first request, which would have to wait for it
+HELD_SECONDS = 0.05  # between two looks at reads that were given up and are not over
 
 
 class Saving(Protocol):
@@ -191,28 +200,63 @@ class Arrived:
 
 
 class DevicePages:
-    """See the module's docstring."""
+    """See the module's docstring. ``direct``: None where all blocks have to take the way through pinned memory."""
 
-    def __init__(self, layout: Layout, kv_caches: Mapping[str, torch.Tensor], mover: Mover, device: Device) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        kv_caches: Mapping[str, torch.Tensor],
+        mover: Mover,
+        device: Device,
+        direct: Direct | None = None,
+    ) -> None:
+        self._layout = layout
         self._mover = mover
         self._device = device
+        self._direct = direct
         self._pinned = Pinned(device, layout.block_bytes)
         self._pinned.give(self._pinned.take(max(1, PINNED_AT_START_BYTES // layout.block_bytes)))
-        self._stager = Stager(PageRows(layout, kv_caches), self._pinned, device)
-        self._work: queue.SimpleQueue[DeviceSave | Arrived | None] = queue.SimpleQueue()
+        pages = PageRows(layout, kv_caches)
+        self._blocks = pages.blocks
+        self._stager = Stager(pages, self._pinned, device)
+        self._work: queue.SimpleQueue[DeviceSave | Arrived | DirectLoad | Ended | None] = queue.SimpleQueue()
+        self._held = Held(layout, direct) if direct is not None else None
         self._staged: list[tuple[SaveJob, I64]] = []  # places that the mover still reads
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvshare-device", daemon=True)
         self._thread.start()
 
     def load(self, plan: LoadPlan, block_ids: Sequence[int]) -> Transfer:
-        transfer, ids, mark = Transfer(), list(block_ids), self._device.mark()
+        ids, mark = list(block_ids), self._device.mark()
+        lands = [self._lands(read) for read in plan.reads]
+        if not any(lands):
+            return self._load_staged(plan, ids, mark)
+        if all(lands):
+            return self._load_directly(plan, ids, mark)
+        parts = []
+        for way, chosen in ((self._load_directly, lands), (self._load_staged, [not one for one in lands])):
+            part, positions = part_of(plan, list(compress(plan.reads, chosen)))
+            parts.append((way(part, [ids[i] for i in positions.tolist()], mark), positions))
+        return Joined(len(plan), parts)
+
+    def _lands(self, read: SourceRead) -> bool:
+        """Host regions never, even where a transport could do it: their checksums would remain unverified."""
+        return self._direct is not None and read.description.kind == DEVICE and self._direct.lands_directly(read.description)
+
+    def _load_directly(self, plan: LoadPlan, ids: list[int], mark: Any) -> Transfer:
+        load = DirectLoad(plan, ids, mark)
+        self._work.put(load)
+        return load.transfer
+
+    def _load_staged(self, plan: LoadPlan, ids: list[int], mark: Any) -> Transfer:
+        transfer = Transfer()
         try:
             places = self._pinned.take(len(plan))
         except RuntimeError as error:
             transfer.complete(_failed(len(plan), f"no pinned memory: {error}"))
             return transfer
         inner = self._mover.load(plan, self._pinned.targets(places))
+        transfer.on_cancel = inner.cancel
         inner.then(lambda completion: self._work.put(Arrived(places, ids, mark, completion, transfer)))
         return transfer
 
@@ -229,16 +273,24 @@ class DevicePages:
             self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        while (work := self._work.get()) is not None:
+        while (work := self._next()) is not None:
             if isinstance(work, DeviceSave):
                 self._carry_out(self._copy_out, work)
                 for landing in work.landings:  # none, unless it failed
                     self._pinned.give(landing.places)
                 work.finished.set()
-            else:
+            elif isinstance(work, Arrived):
                 error = self._carry_out(self._copy_in, work)
                 self._pinned.give(work.places)
                 work.transfer.complete(_failed(len(work.block_ids), error) if error else work.completion)
+            elif isinstance(work, DirectLoad):
+                error = self._carry_out(self._begin, work)
+                if error:
+                    work.transfer.complete(_failed(len(work.block_ids), error))
+            elif self._held is not None:
+                self._held.add(work)
+        if self._held is not None:
+            self._held.let_all_go()
 
     def _carry_out(self, action: Callable[[Work], None], work: Work) -> str:
         """Whatever goes wrong: blocks are misses, and nothing is under way when this returns. The reason, or empty."""
@@ -287,6 +339,39 @@ class DevicePages:
         if len(good):
             ids = np.array(load.block_ids, np.int64)[good]
             self._device.wait(self._stager.scatter(load.places[good], ids, load.mark))
+
+    # --- blocks that land directly ------------------------------------------------------------------------------------
+
+    def _begin(self, load: DirectLoad) -> None:
+        """In the order of the queue: what was saved from these blocks before has been read when this comes to them."""
+        ids = load.block_ids
+        assert not ids or (min(ids) >= 0 and max(ids) < self._blocks)  # elsewhere a read would do harm
+        # A former owner's step may still write to these blocks, and no stream can hold a network card or a peer's copy back.
+        # The load's limit of time begins here: to compute these blocks the engine would have had to wait as well.
+        self._device.wait(load.mark)
+        inner = self._mover.load(load.plan, self._layout.targets(ids))
+        load.transfer.on_cancel = inner.cancel
+        if load.transfer.cancelled:  # before there was anything to tell
+            inner.cancel()
+        inner.then(partial(self._landed, load))
+
+    def _landed(self, load: DirectLoad, completion: Completion) -> None:
+        """In a thread of the mover. Nothing more is needed for the engine to see the blocks: NIXL says that a read is over when
+        the copy between GPUs has ended on the device, or when the network card has written the bytes and then told the CPU;
+        kernels that the engine launches afterwards, and it launches none on these blocks before it hears of the completion,
+        begin with caches that do not hold what was there before."""
+        if may_be_written_to(completion).any():
+            self._work.put(Ended(load, completion))
+        else:
+            load.transfer.complete(completion)
+
+    def _next(self) -> DeviceSave | Arrived | DirectLoad | Ended | None:
+        """What to do next; meanwhile looks after the loads that are held back."""
+        while self._held:
+            self._held.let_go()
+            with contextlib.suppress(queue.Empty):
+                return self._work.get(timeout=HELD_SECONDS)
+        return self._work.get()
 
 
 def _failed(blocks: int, error: str) -> Completion:

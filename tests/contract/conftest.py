@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from kvshare import native
-from kvshare.messages import RegionDescription
+from kvshare.places import RegionDescription
 from kvshare.slots import Arena, Region
 from kvshare.transport.base import Completion, ReadRequest, Targets, Transport
 from kvshare.transport.faulty import FaultyTransport
 from kvshare.transport.loopback import LoopbackTransport, Network
+from kvshare.transport.nixl import NixlTransport, available
+from kvshare.transport.process import ProcessTransport, memory_of_region
 from kvshare.transport.shm import ShmTransport
 from kvshare.transport.tcp import TcpTransport
 
@@ -110,7 +113,7 @@ def _files(folder: Path) -> Region:
     return arena
 
 
-@pytest.fixture(params=["loopback", "shm", "tcp", "faulty"])
+@pytest.fixture(params=["loopback", "shm", "tcp", "process", "nixl", "faulty"])
 def house(request: pytest.FixtureRequest, short_dir: Path) -> Iterator[House]:
     """One house per transport; ``faulty`` has no faults."""
     name: str = request.param
@@ -121,13 +124,24 @@ def house(request: pytest.FixtureRequest, short_dir: Path) -> Iterator[House]:
         owner, reader = ShmTransport("the owner's process"), ShmTransport(HOST)
     elif name == "tcp":
         owner, reader = TcpTransport(SECRET, "127.0.0.1"), TcpTransport(SECRET)
+    elif name == "process":
+        owner, reader = ProcessTransport(), ProcessTransport()
+    elif name == "nixl":
+        if reason := available():
+            pytest.skip(reason)
+        owner, reader = NixlTransport(), NixlTransport(tcp=True)  # by whatever it finds here
     else:
         network = Network()
         owner, reader = LoopbackTransport(network, "a"), LoopbackTransport(network)
         reader = FaultyTransport(reader, seed=1) if name == "faulty" else reader
     owner.register(region)
+    description = region.describe("a", HOST, owner.endpoint())
+    if name == "process":
+        description = msgspec.structs.replace(description, memory=memory_of_region(region))
+    elif isinstance(owner, NixlTransport):
+        description = msgspec.structs.replace(description, memory=owner.memory_of(region))
     with owner, reader:
-        yield House(name, region, owner, reader, region.describe("a", HOST, owner.endpoint()))
+        yield House(name, region, owner, reader, description)
     if isinstance(region, Arena):
         region.close(unlink=True)
 

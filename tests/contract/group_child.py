@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kvshare import native
 from kvshare.errors import KVShareError
-from kvshare.places import (RegionDescription)
+from kvshare.places import RegionDescription
 from kvshare.region import Region
 from kvshare.transport import nccl
 from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Targets

@@ -16,8 +16,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("nixl")
 
 from kvshare.device import DeviceTable  # noqa: E402
+from kvshare.integrations.vllm.layout import Layout, pages_of  # noqa: E402
+from kvshare.integrations.vllm.pages import DevicePages  # noqa: E402
+from kvshare.loading import LoadPlan, SourceRead  # noqa: E402
 from kvshare.places import RegionDescription  # noqa: E402
-from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Targets  # noqa: E402
+from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Targets, Transfer  # noqa: E402
 
 nixl = pytest.importorskip("kvshare.transport.nixl")
 
@@ -131,3 +134,60 @@ def test_a_dead_owner_is_a_miss(owner: Owner, reader: Reader) -> None:
     owner.close()
     statuses = reader.read(slots, generations).statuses
     assert not np.isin(statuses, [BlockStatus.OK, BlockStatus.CORRUPT]).any()
+
+
+class DirectMover:
+    """As `kvshare.mover.Mover` and its `Transports`, for plans of one source, through NIXL into registered memory."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+
+    def load(self, plan: LoadPlan, targets: Targets) -> Transfer:
+        (read,) = plan.reads
+        assert np.array_equal(read.positions, np.arange(len(plan)))
+        request = ReadRequest(read.slots, read.generations, np.zeros(len(plan), np.uint64), targets, 10.0)
+        transfer: Transfer = self._transport.read(read.description, request)
+        return transfer
+
+    def lands_directly(self, description: RegionDescription) -> bool:
+        return True
+
+    def quarantined(self) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = self._transport.quarantined()
+        return found
+
+
+@pytest.mark.parametrize("owner", ["still"], indirect=True)
+def test_an_engines_blocks_land_in_the_pages_of_another_after_a_former_owners_step(
+    owner: Owner, reader: Reader, device: Any, accelerator: Any
+) -> None:
+    description, blocks = owner.description, 96
+    assert description.memory is not None
+    words = [length // 8 for length in description.memory.page_bytes]
+    layers = [torch.zeros((blocks, 1, 1, count), dtype=torch.int64, device=device) for count in words]
+    tensors = {f"layer.{i}": layer for i, layer in enumerate(layers)}
+    pages = [page for tensor in tensors.values() for page in pages_of(tensor, blocks)[0]]
+    layout = Layout(*(np.array(column, np.uint64) for column in zip(*pages, strict=True)), "test", device.type)
+    for tensor in tensors.values():
+        kind = "DRAM" if device.type == "cpu" else "VRAM"
+        reader.transport.register_targets(tensor.data_ptr(), tensor.nbytes, kind, device.index or 0)
+    mover, random = DirectMover(reader.transport), np.random.default_rng(3)
+    engine = DevicePages(layout, tensors, mover, accelerator, mover)  # type: ignore[arg-type]
+    for version in range(60):
+        slots = random.choice(description.slots, int(random.integers(1, 33)), replace=False)
+        chosen = random.choice(blocks, len(slots) + 1, replace=False)
+        bystander, targets = chosen[0], chosen[1:]
+        index = torch.from_numpy(chosen).to(device)  # now: it would wait for what comes next
+        if device.type == "cuda":
+            torch.cuda._sleep(10_000_000)  # the former owner's step has not come far when the load begins
+        for tensor in tensors.values():
+            tensor.index_fill_(0, index, -1 - version)
+        generations = owner.table.generations(slots)
+        read = SourceRead(description, np.arange(len(slots)), slots, generations)
+        completion = engine.load(LoadPlan(b"p", [b"%d" % slot for slot in slots], [read]), targets.tolist()).wait(30.0)
+        assert completion is not None and completion.ok, completion
+        expected = torch.from_numpy(np.append(generations.astype(np.int64), -1 - version)).to(device)[:, None, None, None]
+        rows = torch.from_numpy(np.append(targets, bystander)).to(device)
+        for tensor in tensors.values():  # the engine's next kernels
+            assert bool((tensor[rows] == expected).all())
+    engine.close()
