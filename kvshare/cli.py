@@ -110,6 +110,16 @@ def _until_signalled() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
 
 
+@contextmanager
+def _main_thread_hears() -> Iterator[None]:
+    """Threads started in the body leave our signals to the main thread: one that took such a signal would not wake it."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def _node(settings: Settings, options: argparse.Namespace) -> int:
     from kvshare.node import Node
 
@@ -117,7 +127,8 @@ def _node(settings: Settings, options: argparse.Namespace) -> int:
     node = Node(settings, idle_exit=options.autostarted)
     try:
         with _until_signalled():
-            node.start()
+            with _main_thread_hears():
+                node.start()
             log.info("kvshare: node %s listens at %s", settings.node_name, settings.socket_path)
             node.join()
     finally:
@@ -132,7 +143,8 @@ def _directory(settings: Settings, _options: argparse.Namespace) -> int:
     server = DirectoryServer(settings)
     try:
         with _until_signalled():
-            server.start()
+            with _main_thread_hears():
+                server.start()
             print(server.endpoint, flush=True)  # for scripts, when port=0 took a free one
             server.join()
     finally:
