@@ -83,6 +83,11 @@ class Rates:
             return 0.0
         return rate.value
 
+    def measured_at(self, source: Source) -> float:
+        """When its rate was last observed; 0 where it never was."""
+        rate = self._rates.get(source)
+        return 0.0 if rate is None else rate.at
+
     def forget(self, node: str) -> None:
         for source in [source for source in self._rates if source[0] == node]:
             del self._rates[source]

@@ -10,11 +10,15 @@ to it, and readable when nothing will: freed blocks stay readable until somebody
 
 Steps come back in the order in which they were sent, several may be under way (asynchronous scheduling, pipelines).
 
-Threads: the scheduler's only.
+What changed is told a moment later, by a thread of its own: right after a step its request's token is on its way, and whoever
+hears of blocks would take the processor from that.
+
+Threads: the scheduler's, and the one that tells.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -26,6 +30,8 @@ from kvshare.device import DeviceTable
 from kvshare.keys import FAMILY_BYTES
 from kvshare.messages import Expose, Message, Shown
 from kvshare.places import Stored
+
+TELL_SECONDS = 0.02  # what happens within it is told together
 
 
 class Teller(Protocol):
@@ -84,7 +90,13 @@ class LiveCache:
         self._exposures = list(exposures)
         self._keys: dict[int, bytes] = {}  # of readable blocks
         self._places: dict[bytes, Place] = {}  # what was told; of equal blocks the latest
-        self._gone: list[bytes] = []
+        self._gone: list[bytes] = []  # told once, not yet told to be gone
+        self._came: set[bytes] = set()  # not yet told
+        self._changing = threading.Lock()
+        self._changed = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._tell_all, name="kvshare-live", daemon=True)
+        self._thread.start()
         self._now: list[Completing] = []
         self._under_way: deque[list[Completing]] = deque()  # one for each step that is not back
 
@@ -93,12 +105,13 @@ class LiveCache:
         if not block_ids:
             return
         self._table.begin(block_ids)
-        for block_id in block_ids:
-            key = self._keys.pop(block_id, None)
-            place = self._places.get(key) if key is not None else None
-            if key is not None and place is not None and place.block == block_id:
-                del self._places[key]
-                self._gone.append(key)
+        with self._changing:
+            for block_id in block_ids:
+                key = self._keys.pop(block_id, None)
+                place = self._places.get(key) if key is not None else None
+                if key is not None and place is not None and place.block == block_id:
+                    del self._places[key]
+                    self._gone.append(key)
 
     def completing(self, block_keys: list[bytes], block_ids: Sequence[int]) -> None:
         """Once the step that is being made is back, these blocks hold what these keys say."""
@@ -110,31 +123,48 @@ class LiveCache:
         self._under_way.append(self._now)
         self._now = []
         if self._gone:
-            self._tell({})
+            self._changed.set()
 
     def returned(self) -> None:
         """The step that was sent first of those under way is back."""
         if not self._under_way:
             return
-        stored: dict[bytes, Place] = {}
         for completed in self._under_way.popleft():
             held = self._table.finish(completed.blocks, completed.begun)
-            for i in np.flatnonzero(held).tolist():
-                block_id, key = int(completed.blocks[i]), completed.keys[i]
-                self._keys[block_id] = key
-                self._places[key] = stored[key] = Place(block_id, int(completed.begun[i]) + 1)
-        if stored:
-            self._tell(stored)
+            with self._changing:
+                for i in np.flatnonzero(held).tolist():
+                    block_id, key = int(completed.blocks[i]), completed.keys[i]
+                    self._keys[block_id] = key
+                    self._places[key] = Place(block_id, int(completed.begun[i]) + 1)
+                    self._came.add(key)
+            self._changed.set()
 
     def reset(self) -> None:
         """What is in the cache is nobody's any more."""
         self._table.retire_all()
-        self._gone += self._places
-        self._keys.clear()
-        self._places.clear()
+        with self._changing:
+            self._gone += self._places
+            self._keys.clear()
+            self._places.clear()
         for step in self._under_way:
             step.clear()
-        self._tell({})
+        self._changed.set()
+
+    def flush(self) -> None:
+        """Tell now what has changed. Any thread."""
+        with self._changing:
+            stored = {key: self._places[key] for key in self._came if key in self._places}
+            gone = self._gone
+            self._came, self._gone = set(), []
+            if stored or gone:
+                for exposure in self._exposures:
+                    exposure.tell(self._places, stored, gone)
+
+    def close(self) -> None:
+        """Nothing more is told; idempotent."""
+        self._closing.set()
+        self._changed.set()
+        self._thread.join(timeout=5.0)
 
     def check(self) -> list[str]:
         """Problems found; empty when all is well."""
@@ -146,7 +176,9 @@ class LiveCache:
                 problems.append(f"block {block} is not readable as told")
         return problems
 
-    def _tell(self, stored: Mapping[bytes, Place]) -> None:
-        gone, self._gone = self._gone, []
-        for exposure in self._exposures:
-            exposure.tell(self._places, stored, gone)
+    def _tell_all(self) -> None:
+        while not self._closing.is_set():
+            self._changed.wait()
+            self._changed.clear()
+            if not self._closing.wait(TELL_SECONDS):
+                self.flush()

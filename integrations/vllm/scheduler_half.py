@@ -291,6 +291,8 @@ class SchedulerHalf:
         )
 
     def close(self) -> None:
+        if self._live is not None:
+            self._live.close()
         self._session.close()
 
     def check(self) -> list[str]:

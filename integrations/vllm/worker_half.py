@@ -27,7 +27,7 @@ from kvshare.transport.base import BlockStatus, Completion
 log = logging.getLogger("kvshare")
 
 # In a step without a forward the engine only waits for loads: longer than one takes, shorter than a new request would mind.
-ARRIVAL_SECONDS = 0.005
+ARRIVAL_SECONDS = 0.015
 LEAVE_SECONDS = 2.0
 FLUSH_SECONDS = 1.0  # a copy that takes longer is worth a line in the log
 

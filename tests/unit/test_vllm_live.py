@@ -73,6 +73,12 @@ def step(live: LiveCache, begun: list[int], completing: dict[bytes, int]) -> Non
     live.begin(begun)
     live.completing(list(completing), list(completing.values()))
     live.sent()
+    live.flush()
+
+
+def back(live: LiveCache) -> None:
+    live.returned()
+    live.flush()
 
 
 def test_a_block_is_told_when_its_step_is_back_and_no_longer_when_it_is_handed_out(table: DeviceTable) -> None:
@@ -80,7 +86,7 @@ def test_a_block_is_told_when_its_step_is_back_and_no_longer_when_it_is_handed_o
     live = live_cache(table, node)
     step(live, [3, 4], {key("k"): 3})
     assert node.blocks == {} and (table.generations([3, 4]) % 2 == 1).all()
-    live.returned()
+    back(live)
     (told,) = node.blocks.values()
     assert (told.key, told.region, told.slot, told.length) == (key("k"), REGION, 3, BLOCK_BYTES)
     assert table.generations([3])[0] == told.generation and told.generation % 2 == 0
@@ -88,6 +94,7 @@ def test_a_block_is_told_when_its_step_is_back_and_no_longer_when_it_is_handed_o
     live.begin([3])
     assert table.generations([3])[0] != told.generation  # before the step goes anywhere
     live.sent()
+    live.flush()
     assert node.blocks == {}
 
 
@@ -96,9 +103,9 @@ def test_a_block_handed_out_again_before_its_step_is_back_is_not_told(table: Dev
     live = live_cache(table, node)
     step(live, [3], {key("old"): 3})
     step(live, [3], {key("new"): 3})
-    live.returned()
+    back(live)
     assert node.blocks == {} and table.generations([3])[0] % 2 == 1
-    live.returned()
+    back(live)
     assert list(node.blocks) == [key("new")]
 
 
@@ -107,8 +114,8 @@ def test_of_equal_blocks_the_one_that_stays_is_told_of(table: DeviceTable) -> No
     live = live_cache(table, node)
     step(live, [1, 2], {key("k"): 1})
     step(live, [], {key("k"): 2})
-    live.returned()
-    live.returned()
+    back(live)
+    back(live)
     step(live, [1], {})
     assert node.blocks[key("k")].slot == 2
     assert live.check() == []
@@ -118,10 +125,11 @@ def test_a_reset_takes_everything_back_and_steps_under_way_bring_nothing(table: 
     node = Node()
     live = live_cache(table, node)
     step(live, [1], {key("a"): 1})
-    live.returned()
+    back(live)
     step(live, [2], {key("b"): 2})
     live.reset()
-    live.returned()
+    live.flush()
+    back(live)
     assert node.blocks == {} and (table.generations([1, 2]) % 2 == 1).all()
 
 
@@ -129,15 +137,15 @@ def test_a_node_that_restarted_is_told_everything_anew(table: DeviceTable) -> No
     node = Node()
     live = live_cache(table, node)
     step(live, [1, 2], {key("a"): 1, key("b"): 2})
-    live.returned()
+    back(live)
     node.restart()
     node.away = True
     step(live, [3], {key("c"): 3})
-    live.returned()
+    back(live)
     assert node.blocks == {}
     node.away = False
     step(live, [4, 1], {key("d"): 4})
-    live.returned()
+    back(live)
     assert sorted(node.blocks) == [key("b"), key("c"), key("d")]
 
 
@@ -165,7 +173,7 @@ class World:
             self.run_step()
             if action == "back":
                 self.steps.popleft()
-                self.live.returned()
+                back(self.live)
         elif action == "drop" and self.requests:
             self.drop(self.random.choice(list(self.requests)))
         elif action == "reset" and self.random.random() < 0.05 and not self.steps:
@@ -188,6 +196,7 @@ class World:
         self.live.begin(blocks)
         self.live.completing([written[block] for block in done], done)
         self.live.sent()
+        self.live.flush()
         self.steps.append(written)
 
     def run_step(self) -> None:
@@ -219,5 +228,6 @@ def test_whatever_a_reader_was_told_it_never_reads_a_wrong_block(table: DeviceTa
         assert world.live.check() == []
     assert world.hits > 100  # some blocks were there
     assert world.read > 10 * world.hits // 9  # and many that were told had gone
+    world.live.close()
     told = world.node.blocks.values()
     assert all(int(table.generations([block.slot])[0]) == block.generation for block in told) or np.any(world.steps)
