@@ -135,10 +135,16 @@ class Transports:
         return transfer
 
     def paths(self) -> dict[tuple[str, str], str]:
-        """How regions are read from here: node and kind of region -> name of the transport, "none" where there is none."""
+        """How regions are read from here: node and kind of region -> name of the transport ("none" where there is none), and of
+        NIXL the wire that UCX chose, since it falls back silently."""
         with self._lock:
             chosen = list(self._chosen.values())
-        return {(region.node, region.kind): "none" if way is None else way.name for region, way in chosen}
+        ways = {(region.node, region.kind): "none" if way is None else way.name for region, way in chosen}
+        lanes = self._nixl.lanes() if self._nixl is not None else {}
+        return {
+            where: f"{way} by {lanes[where[0]][0]}" if way == "nixl" and where[0] in lanes else way
+            for where, way in ways.items()
+        }
 
     def _path(self, description: RegionDescription) -> Transport | None:
         """The transport that reads this region; chosen anew when its description, or what a transport can, has changed."""
