@@ -46,7 +46,7 @@ class Namespace(msgspec.Struct, frozen=True, kw_only=True):
     hash_algorithm: str
     hash_seed: str
     packing: str  # how tokens lie within a page, e.g. "cpu-vec" or "LBHNC"
-    tensor_parallel: str = "1"  # "rank/size" where pages are a rank's share
+    tensor_parallel: str = "1"  # "shard/count" where a block is cut by heads
     attention: str = "full"
     label: str = ""
 

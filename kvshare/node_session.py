@@ -216,8 +216,10 @@ class NodeSession:
             wanted = [message.keys[i] for i in missing]
             answer = await self._node.link.ask(lambda ask: Find(ask, wanted), DIRECTORY_SECONDS)
             if isinstance(answer, Found):
-                for i, locations in zip(missing, answer.locations, strict=False):
-                    found[i] = [location for location in locations if self._reachable(location)]
+                regions = {(place.node, place.region): place for places in answer.locations for place in places}
+                reached = {where for where, place in regions.items() if self._reachable(place)}
+                for i, places in zip(missing, answer.locations, strict=False):
+                    found[i] = [place for place in places if (place.node, place.region) in reached]
         except Unavailable as error:
             log.debug("kvshare: %s", error)
         self._settle(message, found)

@@ -81,8 +81,10 @@ def attach_worker(
         return None
     mover = Mover(session, affinity=free_processors())
     offers, table = _offers(mover.transports, settings, layouts, shards, kv_cache_config.num_blocks, first)
-    parts: list[Pages] = [HostPages(part, mover) for part in layouts]
-    if layout.device == "cuda":
+    parts: list[Pages]
+    if layout.device == "cpu":
+        parts = [HostPages(part, mover) for part in layouts]
+    else:
         device = Cuda(next(iter(kv_caches.values())).device)
         direct = _direct(mover.transports, layouts, kv_cache_config.num_blocks) if offers else None
         parts = [DevicePages(part, kv_caches, mover, device, direct) for part in layouts]

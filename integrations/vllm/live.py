@@ -89,8 +89,8 @@ class LiveCache:
         self._table = table
         self._exposures = list(exposures)
         self._keys: dict[int, bytes] = {}  # of readable blocks
-        self._places: dict[bytes, Place] = {}  # what was told; of equal blocks the latest
-        self._gone: list[bytes] = []  # told once, not yet told to be gone
+        self._places: dict[bytes, Place] = {}  # of readable blocks; of equal ones the latest
+        self._gone: list[bytes] = []  # not yet told to be gone
         self._came: set[bytes] = set()  # not yet told
         self._changing = threading.Lock()
         self._changed = threading.Event()

@@ -226,8 +226,9 @@ class House:
         return child
 
     def arena_files(self) -> list[Path]:
-        stem = Path(self.settings.arena_stem)
-        return sorted(stem.parent.glob(f"{stem.name}-*"))
+        """Of all nodes of this cluster, whatever their names."""
+        stem = Path(dataclasses.replace(self.settings, node_name="").arena_stem)
+        return sorted(stem.parent.glob(f"{stem.name}*"))
 
     def close(self) -> None:
         for engine in self.engines:
