@@ -18,11 +18,12 @@ import msgspec
 from common import arguments, report
 
 from kvshare import keys
+from kvshare.cluster_messages import AskPlan, Find, Join, Publish, Report, ToDirectory
 from kvshare.config import Settings
 from kvshare.directory import Directory
 from kvshare.directory_events import Connected, Heard, Send
 from kvshare.index import MemoryIndex
-from kvshare.messages import PROTOCOL_VERSION, AskPlan, Find, Join, Message, Publish, Report, ToDirectory
+from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import NodeDescription, Stored
 
 NODES = 32

@@ -27,11 +27,12 @@ import ray.util
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvshare import cards
+from kvshare.cluster_messages import DirectoryStatus
 from kvshare.config import Settings
 from kvshare.directory_server import DirectoryServer
 from kvshare.errors import ConfigError
 from kvshare.leftovers import remove_leftovers
-from kvshare.messages import DirectoryStatus, NodeStatus
+from kvshare.messages import NodeStatus
 from kvshare.node import Node
 
 log = logging.getLogger("kvshare")

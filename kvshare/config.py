@@ -26,6 +26,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PREFIX = "KVSHARE_"
 PACE_MIN = 10**6  # bytes/s: slower, what the kernel buffers takes longer than a peer waits for progress
 TRANSPORTS = ("shm", "process", "nixl", "tcp")
+ADMISSIONS = ("used", "all")
 # Set by the launcher, not settings: read by other modules under these names.
 RESERVED = frozenset({"KVSHARE_LOG_LEVEL"})
 _UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "kb": 1000, "m": MIB, "mib": MIB, "mb": 10**6, "g": GIB, "gib": GIB, "gb": 10**9}
@@ -60,6 +61,23 @@ class Settings:
     tcp_streams: int = 2  # data connections to one peer
     tcp_bytes_per_second: int = 0  # sent over one data connection at most; 0: without limit
     message_bytes_max: int = 64 * MIB
+
+    # Slow tiers. Whoever wants blocks to outlive the machine's memory sets these.
+    disk_dir: str = ""  # folder on a local disk, one per node; empty: no disk region
+    disk_bytes: int = 64 * GIB  # ceiling of what is kept there
+    disk_threads: int = 4  # reads and writes in flight
+    disk_admit: str = "used"  # "used": blocks that were asked for again, and those of who leaves; "all": whatever is saved
+    disk_seconds: float = 5.0  # an operation that takes longer means a stalled device, left alone for a while
+    object_url: str = ""  # "s3://bucket/prefix" or "file:///folder", shared by the cluster; credentials from AWS_* variables
+    object_segment_bytes: int = 32 * MIB  # blocks are packed into objects of this size
+    object_seconds: float = 10.0  # as disk_seconds, of one request to the store
+    drain_seconds: float = 20.0  # a node that leaves hands over what only it holds, for so long at most
+
+    # Governance. Whoever answers for the data sets these.
+    tenant: str = ""  # whose the blocks of this engine are, where a request names nobody
+    tenants_file: str = ""  # JSON: what each tenant may use, keep, and where (docs/operations.md); empty: no limits
+    keys_dir: str = ""  # folder of the tenants' keys; empty: disk and object store hold blocks as they are
+    region: str = ""  # where this host stands, e.g. "eu"; tenants may be bound to regions
 
     # Patience. Whoever prefers waiting to recomputing, or the reverse, changes these.
     lookup_seconds: float = 0.5  # a request's question to node and directory; then it is a miss
@@ -125,10 +143,11 @@ class Settings:
         return str(Path(self.shm_dir) / f"kvshare-{os.getuid()}-{self.cluster}@{self.node_name}")
 
     def _validate(self) -> None:
-        for name in ("cluster", "node_name"):
+        for name in ("cluster", "node_name", "tenant", "region"):
             value = getattr(self, name)
+            may_be_empty = name in ("tenant", "region")
             _require(
-                re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value) is not None,
+                re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value) is not None or (may_be_empty and not value),
                 name,
                 value,
                 "use 1 to 64 letters, digits, '_', '.', '-'",
@@ -145,6 +164,9 @@ class Settings:
             "head_shards": 0,
             "warm_bytes": 0,
             "warm_group_ranks": 0,
+            "disk_bytes": MIB,
+            "disk_threads": 1,
+            "object_segment_bytes": MIB,
         }
         for name, least in minimum.items():
             _require(getattr(self, name) >= least, name, getattr(self, name), f"use {least} or more")
@@ -160,11 +182,15 @@ class Settings:
         for field in dataclasses.fields(self):
             if field.name.endswith("_seconds"):
                 value = getattr(self, field.name)
-                positive = value > 0 or (value == 0 and field.name in ("warm_seconds", "idle_exit_seconds", "publish_seconds"))
+                positive = value > 0 or (value == 0 and field.name in ("warm_seconds", "idle_exit_seconds", "publish_seconds", "drain_seconds"))
                 _require(positive and value < 1e9, field.name, value, "use a positive number of seconds")
         for transport in self.transports:
             _require(transport in TRANSPORTS, "transports", transport, f"use some of {', '.join(TRANSPORTS)}")
         _require(bool(self.transports), "transports", self.transports, f"name at least one of {', '.join(TRANSPORTS)}")
+        _require(self.disk_admit in ADMISSIONS, "disk_admit", self.disk_admit, f"use one of {', '.join(ADMISSIONS)}")
+        _require(self.disk_threads <= 64, "disk_threads", self.disk_threads, "use 1 to 64")
+        url = re.fullmatch(r"(s3://[^/\s]+(/\S*)?|file:///\S+|)", self.object_url)
+        _require(url is not None, "object_url", self.object_url, "use 's3://bucket/prefix' or 'file:///folder'")
         if self.directory:
             _require(re.fullmatch(r"\S+:\d{1,5}", self.directory) is not None, "directory", self.directory, "use 'host:port'")
             _require(

@@ -23,14 +23,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from itertools import islice
 
-from kvshare.config import Settings
-from kvshare.directory_events import Broadcast, Close, Command, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
-from kvshare.gathering import Gatherings, Waiting
-from kvshare.hotness import Hotness
-from kvshare.index import Index, MemoryIndex
-from kvshare.keys import KEY_BYTES_MAX, PREFIX_BYTES, Namespace
-from kvshare.messages import (
-    PROTOCOL_VERSION,
+from kvshare.cluster_messages import (
     AskDirectory,
     AskPlan,
     Beat,
@@ -41,7 +34,6 @@ from kvshare.messages import (
     Found,
     Hosted,
     Join,
-    Message,
     NodeJoined,
     NodeLost,
     Plan,
@@ -50,6 +42,13 @@ from kvshare.messages import (
     Resync,
     Welcome,
 )
+from kvshare.config import Settings
+from kvshare.directory_events import Broadcast, Close, Command, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
+from kvshare.gathering import Gatherings, Waiting
+from kvshare.hotness import Hotness
+from kvshare.index import Index, MemoryIndex
+from kvshare.keys import KEY_BYTES_MAX, PREFIX_BYTES, Namespace
+from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import Location, NodeDescription
 from kvshare.plan import WarmPlan, plan_group, plan_warm
 

@@ -24,11 +24,11 @@ from typing import Any
 import msgspec
 
 from kvshare import wire
+from kvshare.cluster_messages import DirectoryStatus, ToDirectory
 from kvshare.config import Settings
 from kvshare.directory import Directory
 from kvshare.directory_events import Broadcast, Close, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
 from kvshare.errors import AuthenticationError, ConfigError, KVShareError, ProtocolError, Unavailable
-from kvshare.messages import DirectoryStatus, ToDirectory
 
 log = logging.getLogger("kvshare")
 

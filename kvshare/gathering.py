@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvshare.messages import AskPlan, Host, Hosted, Plan
+from kvshare.cluster_messages import AskPlan, Host, Hosted, Plan
 from kvshare.places import WarmItem
 
 HOSTED_SECONDS = 1.0  # a donor answers within this: it only has to listen

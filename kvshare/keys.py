@@ -1,14 +1,15 @@
 """Keys: the opaque names of blocks, and the namespaces that keep unequal blocks apart.
 
-A key is ``family (16 bytes) | variant (8) | group (2, big endian) | block hash (1 to 38)``.
+A key is ``family (16 bytes) | tenant (6) | variant (8) | group (2, big endian) | block hash (1 to 32)``.
 
 * *family* is the fingerprint of a `Namespace`: everything that makes two engines' blocks interchangeable.
+* *tenant* is the tag of the tenant whose block it is: who pays for it, who may erase it, where it may lie. Zero for nobody's.
 * *variant* separates requests within an engine: LoRA weights and tenant salt. Zero when a request has neither.
   It comes after the family so that "all that this engine could use" is one prefix.
 * *group* is the KV cache group.
 * *block hash* is the engine's own chained hash.
 
-The first three form the *prefix*; an index keyed by prefix, then by the engine's hash objects, needs no concatenation
+The first four form the *prefix*; an index keyed by prefix, then by the engine's hash objects, needs no concatenation
 on the scheduler's path.
 """
 
@@ -21,11 +22,13 @@ import msgspec
 import xxhash
 
 FAMILY_BYTES = 16
+TENANT_BYTES = 6
 VARIANT_BYTES = 8
 GROUP_BYTES = 2
-PREFIX_BYTES = FAMILY_BYTES + VARIANT_BYTES + GROUP_BYTES
+PREFIX_BYTES = FAMILY_BYTES + TENANT_BYTES + VARIANT_BYTES + GROUP_BYTES
 KEY_BYTES_MAX = 64  # a header of the slot table has room for this many
 NO_VARIANT = bytes(VARIANT_BYTES)
+NO_TENANT = bytes(TENANT_BYTES)
 
 
 class Namespace(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,14 +78,23 @@ def variant(lora: bytes = b"", salt: str = "") -> bytes:
     return digest.digest()
 
 
-def prefix(family: bytes, variant: bytes = NO_VARIANT, group: int = 0) -> bytes:
-    """The part of a key that all blocks of one family, variant and group share."""
-    assert len(family) == FAMILY_BYTES and len(variant) == VARIANT_BYTES
-    return family + variant + group.to_bytes(GROUP_BYTES, "big")
+def tenant_tag(name: str) -> bytes:
+    """The tag of a tenant in keys: a digest of its name; zeros for no name."""
+    return hashlib.blake2b(name.encode(), digest_size=TENANT_BYTES).digest() if name else NO_TENANT
+
+
+def prefix(family: bytes, variant: bytes = NO_VARIANT, group: int = 0, tenant: bytes = NO_TENANT) -> bytes:
+    """The part of a key that all blocks of one family, tenant, variant and group share. ``tenant``: its `tenant_tag`."""
+    assert len(family) == FAMILY_BYTES and len(variant) == VARIANT_BYTES and len(tenant) == TENANT_BYTES
+    return family + tenant + variant + group.to_bytes(GROUP_BYTES, "big")
 
 
 def family_of(key: bytes) -> bytes:
     return key[:FAMILY_BYTES]
+
+
+def tenant_of(key: bytes) -> bytes:
+    return key[FAMILY_BYTES : FAMILY_BYTES + TENANT_BYTES]
 
 
 def prefix_of(key: bytes) -> bytes:

@@ -17,10 +17,7 @@ from typing import Any
 import msgspec
 
 from kvshare import wire
-from kvshare.config import Settings
-from kvshare.errors import KVShareError, ProtocolError, Unavailable
-from kvshare.messages import (
-    PROTOCOL_VERSION,
+from kvshare.cluster_messages import (
     Beat,
     Declared,
     Found,
@@ -28,7 +25,6 @@ from kvshare.messages import (
     Host,
     Hosted,
     Join,
-    Message,
     NodeJoined,
     NodeLost,
     Plan,
@@ -37,6 +33,9 @@ from kvshare.messages import (
     Resync,
     Welcome,
 )
+from kvshare.config import Settings
+from kvshare.errors import KVShareError, ProtocolError, Unavailable
+from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import GroupPlan, NodeDescription, Stored
 
 log = logging.getLogger("kvshare")

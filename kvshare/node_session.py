@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvshare import keys, wire
+from kvshare.cluster_messages import Declare, Declared, Find, Found
 from kvshare.cost import Candidate, choose
 from kvshare.errors import ProtocolError, RegionError, Unavailable
 from kvshare.messages import (
@@ -20,13 +21,9 @@ from kvshare.messages import (
     Attach,
     Attached,
     Commit,
-    Declare,
-    Declared,
     Done,
     Dropped,
     Expose,
-    Find,
-    Found,
     Indexed,
     Locate,
     Located,

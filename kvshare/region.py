@@ -40,14 +40,16 @@ from kvshare.mapping import Mapping
 from kvshare.places import RegionDescription
 
 MAGIC = b"KVSHARE\n"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SUPERBLOCK_BYTES = 4096
 HEADER = np.dtype(
     {
-        "names": ["generation", "checksum", "length", "flags", "key_bytes", "key"],
-        "formats": ["<u8", "<u8", "<u4", "<u2", "<u2", f"V{keys.KEY_BYTES_MAX}"],
-        "offsets": [0, 8, 16, 20, 22, 24],
-        "itemsize": 128,  # two cache lines; the rest is reserved
+        # The last four: of a block that is kept encrypted, its nonce, tag and the id of its key (`kvshare.vault`); second since
+        # 2020 from which on nobody may read it (0: no end).
+        "names": ["generation", "checksum", "length", "flags", "key_bytes", "key", "nonce", "tag", "key_id", "expires"],
+        "formats": ["<u8", "<u8", "<u4", "<u2", "<u2", f"V{keys.KEY_BYTES_MAX}", "V12", "V16", "<u8", "<u4"],
+        "offsets": [0, 8, 16, 20, 22, 24, 88, 100, 116, 124],
+        "itemsize": 128,  # two cache lines
     }
 )
 SUPERBLOCK = np.dtype(

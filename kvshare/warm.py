@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare import keys, native
+from kvshare.cluster_messages import AskPlan, Plan
 from kvshare.cost import Rates
 from kvshare.errors import KVShareError, Unavailable
-from kvshare.messages import AskPlan, Plan, Warm
+from kvshare.messages import Warm
 from kvshare.places import GroupPlan, Stored, WarmItem
 from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Targets, Transfer
 from kvshare.warm_group import Groups, batch_blocks

@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare import keys
+from kvshare.cluster_messages import Host
 from kvshare.config import Settings
 from kvshare.errors import ConfigError, KVShareError, Unavailable
-from kvshare.messages import Host
 from kvshare.places import GroupPlan, WarmItem
 from kvshare.region import Region
 from kvshare.transport import nccl

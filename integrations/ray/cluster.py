@@ -17,10 +17,11 @@ import ray.exceptions
 import ray.util
 
 from kvshare import actors
+from kvshare.cluster_messages import DirectoryStatus
 from kvshare.config import Settings
 from kvshare.errors import ConfigError, Unavailable
 from kvshare.integrations.ray.status import ClusterStatus, NodeState
-from kvshare.messages import DirectoryStatus, NodeStatus
+from kvshare.messages import NodeStatus
 
 START_SECONDS = 60.0  # for the directory actor: a process, and imports on a busy host
 ANSWER_SECONDS = 10.0

@@ -18,18 +18,12 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvshare import keys
-from kvshare.config import Settings
-from kvshare.directory import Directory
-from kvshare.directory_events import Broadcast, Close, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
-from kvshare.index import MemoryIndex
-from kvshare.messages import (
-    PROTOCOL_VERSION,
+from kvshare.cluster_messages import (
     AskPlan,
     Beat,
     Find,
     Found,
     Join,
-    Message,
     NodeJoined,
     NodeLost,
     Plan,
@@ -38,6 +32,11 @@ from kvshare.messages import (
     Resync,
     Welcome,
 )
+from kvshare.config import Settings
+from kvshare.directory import Directory
+from kvshare.directory_events import Broadcast, Close, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
+from kvshare.index import MemoryIndex
+from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import NodeDescription, Stored
 
 HEARTBEAT_SECONDS = 5.0

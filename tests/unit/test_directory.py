@@ -8,13 +8,7 @@ import msgspec
 import pytest
 
 from kvshare import keys
-from kvshare.config import Settings
-from kvshare.directory import FIND_KEYS_MAX, Directory
-from kvshare.directory_events import Broadcast, Close, Command, Connected, Disconnected, Heard, Lost, Send, Tell, Tick
-from kvshare.index import MemoryIndex
-from kvshare.keys import Namespace
-from kvshare.messages import (
-    PROTOCOL_VERSION,
+from kvshare.cluster_messages import (
     AskDirectory,
     AskPlan,
     Beat,
@@ -25,7 +19,6 @@ from kvshare.messages import (
     Host,
     Hosted,
     Join,
-    Message,
     NodeJoined,
     NodeLost,
     Plan,
@@ -34,6 +27,12 @@ from kvshare.messages import (
     Resync,
     Welcome,
 )
+from kvshare.config import Settings
+from kvshare.directory import FIND_KEYS_MAX, Directory
+from kvshare.directory_events import Broadcast, Close, Command, Connected, Disconnected, Heard, Lost, Send, Tell, Tick
+from kvshare.index import MemoryIndex
+from kvshare.keys import Namespace
+from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import GroupPlan, Location, NodeDescription, Stored
 
 FAMILY = b"f" * keys.FAMILY_BYTES

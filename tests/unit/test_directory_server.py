@@ -13,23 +13,22 @@ import msgspec
 import pytest
 
 from kvshare import wire
-from kvshare.config import Settings
-from kvshare.directory_server import DirectoryServer
-from kvshare.errors import AuthenticationError, ConfigError, ProtocolError, Unavailable
-from kvshare.messages import (
-    PROTOCOL_VERSION,
+from kvshare.cluster_messages import (
     AskDirectory,
     DirectoryStatus,
     Find,
     Found,
     FromDirectory,
     Join,
-    Message,
     NodeJoined,
     NodeLost,
     Publish,
     Welcome,
 )
+from kvshare.config import Settings
+from kvshare.directory_server import DirectoryServer
+from kvshare.errors import AuthenticationError, ConfigError, ProtocolError, Unavailable
+from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import NodeDescription, Stored
 
 SECRET = "a secret of the cluster"

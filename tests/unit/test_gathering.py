@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvshare.cluster_messages import AskPlan, Host, Hosted
 from kvshare.gathering import HOSTED_SECONDS, Gatherings, Waiting
-from kvshare.messages import AskPlan, Host, Hosted
 from kvshare.places import GroupPlan, Location, WarmItem
 
 RANKS, SECONDS = 3, 2.0

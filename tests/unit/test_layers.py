@@ -23,6 +23,7 @@ LAYERS: dict[str, int] = {
     "kvshare.keys": 0,
     "kvshare.config": 1,
     "kvshare.messages": 1,
+    "kvshare.cluster_messages": 1,
     "kvshare.places": 0,
     "kvshare.loading": 1,
     "kvshare.cards": 1,

@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvshare import messages
+from kvshare import cluster_messages, messages
+from kvshare.cluster_messages import FromDirectory, ToDirectory
 from kvshare.keys import Namespace
-from kvshare.messages import FromDirectory, Message, ToDirectory, ToNode, ToSession
+from kvshare.messages import Message, ToNode, ToSession
 from kvshare.places import GroupPlan, Location, NodeDescription, ProcessMemory, RegionDescription, Stored, WarmItem
 
 CHANNELS = {"ToNode": ToNode, "ToSession": ToSession, "ToDirectory": ToDirectory, "FromDirectory": FromDirectory}
@@ -76,7 +77,8 @@ def decoder(channel: str) -> msgspec.msgpack.Decoder[Any]:
 
 
 def test_every_message_travels_on_exactly_one_channel() -> None:
-    defined = {kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, Message)} - {Message}
+    kinds = [*vars(messages).values(), *vars(cluster_messages).values()]
+    defined = {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Message)} - {Message}
     travelling = [kind for _, kind in KINDS]
     assert set(travelling) == defined and len(travelling) == len(defined)
 
