@@ -8,6 +8,8 @@
     ├── RegionError        a region's files are missing, damaged or of another version
     │   └── RegionFull     no slot can be had, even by eviction
     ├── TransportError     bytes could not be moved
+    ├── ObjectStoreError   the object store is away, denies, or answers what makes no sense; says what to do
+    ├── VaultError         a tenant's keys could not be read, changed or erased
     └── Unavailable        the node or the directory cannot be reached in the time allowed
 
 None of these reaches an engine: the integrations turn each one into a miss.
@@ -46,6 +48,14 @@ class RegionFull(RegionError):
 
 class TransportError(KVShareError):
     """Bytes could not be moved."""
+
+
+class ObjectStoreError(KVShareError):
+    """The object store is away, slow, full, denies, or answers what makes no sense. One sentence with the remedy."""
+
+
+class VaultError(KVShareError):
+    """A tenant's keys could not be read, changed or erased."""
 
 
 class Unavailable(KVShareError):
