@@ -8,6 +8,7 @@ Threads: every function may be called from any thread; those that move bytes rel
 
 from __future__ import annotations
 
+import enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,17 @@ I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 
 FUSED_BYTES_MIN = 241  # shorter blocks have another formula in xxh3, which only the xxhash package knows
+
+
+class BlockStatus(enum.IntEnum):
+    """What became of one block of a read."""
+
+    OK = 0
+    STALE = 1  # the slot holds another generation now: evicted, rewritten, or its owner restarted
+    CORRUPT = 2  # the checksum differs: the owner should take the slot out
+    UNREACHABLE = 3  # the peer is dead, refuses us or does not know the region
+    TIMEOUT = 4  # no progress for request.seconds
+    CANCELLED = 5
 
 
 def copy_ranges(targets: U64, sources: U64, lengths: U64) -> None:
@@ -72,7 +84,7 @@ class Wanted(NamedTuple):
 
     expected: generations; seeds; checksums (out: what the headers of blocks that landed told): uint64 [blocks].
     targets: uint64 [blocks, pages]; page_bytes: uint64 [pages].
-    statuses (out): uint8 [blocks], `kvshare.transport.base.BlockStatus`. Blocks shorter than `FUSED_BYTES_MIN` are OK before
+    statuses (out): uint8 [blocks], `BlockStatus`. Blocks shorter than `FUSED_BYTES_MIN` are OK before
     their digests are compared, which is left to the caller.
     """
 

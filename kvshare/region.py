@@ -25,11 +25,14 @@ owner's one thread.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 import threading
 import time
-from typing import Self
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +72,7 @@ SUPERBLOCK = np.dtype(
 WRITING = 1  # flag: reserved for a writer that may be writing
 
 _YEAR_2020_NS = 1_577_836_800 * 10**9
-_FIELDS = struct.Struct(f"<QIHH{keys.KEY_BYTES_MAX}s")  # a header behind its generation
+_FIELDS = struct.Struct(f"<QIHH{keys.KEY_BYTES_MAX}s36xI")  # a header behind its generation; nonce, tag and key id zero
 _FLAGS = struct.Struct("<H")
 _FIELDS_OFFSET, _FLAGS_OFFSET = 8, 20
 
@@ -79,6 +82,11 @@ U64 = npt.NDArray[np.uint64]
 def generation_now() -> int:
     """The generation, even, that a region born now starts above: seconds since 2020 in the high 32 bits, fraction below."""
     return (((time.time_ns() - _YEAR_2020_NS) << 32) // 10**9) & ~1
+
+
+def second_now() -> int:
+    """Whole seconds since 2020, by the wall clock: what ``expires`` in a header is compared with."""
+    return (time.time_ns() - _YEAR_2020_NS) // 10**9
 
 
 def table_bytes(slots: int) -> int:
@@ -123,26 +131,150 @@ def complete_slots(headers: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
     return np.asarray((generations % 2 == 0) & (generations != 0))
 
 
-class Region:
-    """A mapped array of slots with its header table. Made by `open`, `anonymous` or `Arena.open`.
+class SlotTable(ABC):
+    """The header table of an array of slots, wherever its data lies: its questions and its transitions.
 
-    region: its id, equal to slot_bytes. slots: how many there are when all chunks are allocated. data_address: of slot 0.
-    table_address: of header 0. headers: structured array [slots] of `HEADER`; those beyond `available_slots` must not be
-    touched (the file may have no memory there).
+    region: its id. slots: how many there are when all chunks are allocated. table_address: of header 0. headers: structured
+    array [slots] of `HEADER`; those beyond `available_slots` must not be touched (the file may have no memory there).
     """
 
-    def __init__(self, data: Mapping, table: Mapping, data_path: str = "", table_path: str = "", birth: int = 0) -> None:
-        self._data, self._table = data, table
+    keeps_generations: ClassVar[bool] = False  # may blocks have generations of a former owner?
+
+    def __init__(self, table: Mapping, birth: int = 0) -> None:
+        self._table = table
         self._superblock = np.frombuffer(table.memory, SUPERBLOCK, count=1)
-        self.data_path, self.table_path = data_path, table_path
         self.slot_bytes = self.region = int(self._superblock["slot_bytes"][0])
         self.slots = int(self._superblock["slots"][0])
         self.chunk_slots = max(1, int(self._superblock["chunk_bytes"][0]) // self.slot_bytes)
-        self.data_address = data.address
         self.table_address = table.address + SUPERBLOCK_BYTES
         self.headers = np.frombuffer(table.memory, HEADER, count=self.slots, offset=SUPERBLOCK_BYTES)
         self._generations: U64 = self.headers["generation"]
         self._birth = birth  # generations of this owner are above; 0: we own nothing
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    @property
+    def available_slots(self) -> int:
+        """Slots whose memory is allocated, the first ones of the region. Only grows."""
+        return int(self._superblock["available_slots"][0])
+
+    @property
+    def epoch(self) -> int:
+        """Start of the present owner in seconds since 2020, the high half of its first generations."""
+        return int(self._superblock["birth"][0]) >> 32
+
+    def generations(self, slots: npt.ArrayLike) -> U64:
+        """Generations of ``slots`` (int64 [n]), uint64 [n], loaded after all that this thread read before.
+
+        Raises:
+            IndexError: there is no such slot (yet).
+        """
+        chosen = self._checked(slots)
+        out = np.empty(len(chosen), np.uint64)
+        native.load_generations(self.table_address, HEADER.itemsize, chosen, out)
+        return out
+
+    def checksums(self, slots: npt.ArrayLike) -> U64:
+        """Checksums of ``slots``, uint64 [n]; of use when `generations`, asked after it, are those expected. IndexError."""
+        return np.asarray(self.headers["checksum"][self._checked(slots)])
+
+    def lengths(self, slots: npt.ArrayLike) -> U64:
+        """Lengths of the blocks in ``slots`` in bytes, uint64 [n]; as `checksums`."""
+        return self.headers["length"][self._checked(slots)].astype(np.uint64)
+
+    def key(self, slot: int) -> bytes:
+        """Key in a slot's header, as it was written last; empty when it never was."""
+        header = self.headers[slot]
+        return bytes(header["key"])[: int(header["key_bytes"])]
+
+    def check(self) -> list[str]:
+        """Problems found in headers, one sentence each; empty when all is well."""
+        headers = self.headers[: self.available_slots]
+        complete = complete_slots(headers)
+        faults = {
+            "has no possible length": (headers["length"] == 0) | (headers["length"] > self.slot_bytes),
+            "has no possible key": (headers["key_bytes"] == 0) | (headers["key_bytes"] > keys.KEY_BYTES_MAX),
+            "is being written": (headers["flags"] & WRITING) != 0,
+            "has a generation of a former owner": (headers["generation"] < self._birth) & (not self.keeps_generations),
+        }
+        return [
+            f"slot {slot} is complete, but {fault}"
+            for fault, found in faults.items()
+            for slot in np.flatnonzero(complete & found).tolist()
+        ]
+
+    # --- transitions, by the owner ------------------------------------------------------------------------------------
+
+    def begin(self, slot: int) -> int:
+        """Take a slot for writing, whatever it held; returns its generation, odd."""
+        assert self._birth and 0 <= slot < self.available_slots
+        generation = self._advance(slot)
+        _FLAGS.pack_into(self._table.memory, self._offset(slot) + _FLAGS_OFFSET, WRITING)
+        return generation
+
+    def finish(self, slot: int, generation: int, key: bytes, length: int, checksum: int, expires: int = 0) -> int:
+        """The block is written: ``generation`` is what `begin` gave; returns the next, even. checksum: 64 bits. expires: second
+        since 2020 from which on nobody may read it, 0: no end."""
+        assert generation % 2 == 1 and int(self._generations[slot]) == generation
+        assert 0 < len(key) <= keys.KEY_BYTES_MAX and 0 < length <= self.slot_bytes
+        # Fields first: who sees the even generation sees them, and a crash in between leaves an odd one.
+        self._put_fields(slot, key, length, checksum, expires)
+        native.store_generation(self._header_address(slot), generation + 1)
+        return generation + 1
+
+    def retire(self, slot: int) -> None:
+        """The slot's content is no more, complete or being written: no old generation validates from now on."""
+        assert self._birth and 0 <= slot < self.available_slots
+        self._advance(slot)
+        _FLAGS.pack_into(self._table.memory, self._offset(slot) + _FLAGS_OFFSET, 0)
+
+    def _put_fields(self, slot: int, key: bytes, length: int, checksum: int, expires: int) -> None:
+        _FIELDS.pack_into(self._table.memory, self._offset(slot) + _FIELDS_OFFSET, checksum, length, 0, len(key), key, expires)
+
+    @abstractmethod
+    def punch(self, slots: Sequence[int]) -> None:
+        """Fill these slots with zeros, and their headers but for the generations. They are retired, nobody may be writing to
+        them. Releases the GIL; to be called in a thread.
+
+        Raises:
+            RegionError: the disk failed.
+        """
+
+    def _clear_headers(self, slots: npt.NDArray[np.int64]) -> None:
+        for field in HEADER.names or ():
+            if field != "generation":
+                self.headers[field][slots] = np.zeros(1, HEADER)[field]
+
+    def _advance(self, slot: int) -> int:
+        # Even to the odd above it; odd to the next odd; what is older than we are to our first.
+        generation = (max(int(self._generations[slot]), self._birth) + 1) | 1
+        native.store_generation(self._header_address(slot), generation)
+        return generation
+
+    def _checked(self, slots: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        chosen = np.ascontiguousarray(slots, np.int64)
+        if len(chosen) and not (int(chosen.min()) >= 0 and int(chosen.max()) < self.available_slots):
+            raise IndexError(f"slots {chosen.min()} to {chosen.max()} of {self.available_slots}")
+        return chosen
+
+    def _header_address(self, slot: int) -> int:
+        return self.table_address + slot * HEADER.itemsize
+
+    def _offset(self, slot: int) -> int:
+        return SUPERBLOCK_BYTES + slot * HEADER.itemsize
+
+
+class Region(SlotTable):
+    """A mapped array of slots with its header table. Made by `open`, `anonymous` or `Arena.open`.
+
+    region: its id, equal to slot_bytes. data_address: of slot 0.
+    """
+
+    def __init__(self, data: Mapping, table: Mapping, data_path: str = "", table_path: str = "", birth: int = 0) -> None:
+        super().__init__(table, birth)
+        self._data = data
+        self.data_path, self.table_path = data_path, table_path
+        self.data_address = data.address
         self._populated_slots = 0
         self._populating = threading.Lock()
         self._closed = threading.Event()
@@ -177,16 +309,6 @@ class Region:
     # --- questions ----------------------------------------------------------------------------------------------------
 
     @property
-    def available_slots(self) -> int:
-        """Slots whose memory is allocated, the first ones of the region. Only grows."""
-        return int(self._superblock["available_slots"][0])
-
-    @property
-    def epoch(self) -> int:
-        """Start of the present owner in seconds since 2020, the high half of its first generations."""
-        return int(self._superblock["birth"][0]) >> 32
-
-    @property
     def writable(self) -> bool:
         return self._data.writable
 
@@ -201,75 +323,21 @@ class Region:
             raise IndexError(f"slot {slot} of {self.available_slots}")
         return self.data_address + slot * self.slot_bytes
 
-    def generations(self, slots: npt.ArrayLike) -> U64:
-        """Generations of ``slots`` (int64 [n]), uint64 [n], loaded after all that this thread read before.
-
-        Raises:
-            IndexError: there is no such slot (yet).
-        """
-        chosen = self._checked(slots)
-        out = np.empty(len(chosen), np.uint64)
-        native.load_generations(self.table_address, HEADER.itemsize, chosen, out)
-        return out
-
-    def checksums(self, slots: npt.ArrayLike) -> U64:
-        """Checksums of ``slots``, uint64 [n]; of use when `generations`, asked after it, are those expected. IndexError."""
-        return np.asarray(self.headers["checksum"][self._checked(slots)])
-
-    def lengths(self, slots: npt.ArrayLike) -> U64:
-        """Lengths of the blocks in ``slots`` in bytes, uint64 [n]; as `checksums`."""
-        return self.headers["length"][self._checked(slots)].astype(np.uint64)
-
-    def key(self, slot: int) -> bytes:
-        """Key in a slot's header, as it was written last; empty when it never was."""
-        header = self.headers[slot]
-        return bytes(header["key"])[: int(header["key_bytes"])]
-
-    def check(self) -> list[str]:
-        """Problems found in headers, one sentence each; empty when all is well."""
-        headers = self.headers[: self.available_slots]
-        complete = complete_slots(headers)
-        faults = {
-            "has no possible length": (headers["length"] == 0) | (headers["length"] > self.slot_bytes),
-            "has no possible key": (headers["key_bytes"] == 0) | (headers["key_bytes"] > keys.KEY_BYTES_MAX),
-            "is being written": (headers["flags"] & WRITING) != 0,
-            "has a generation of a former owner": headers["generation"] < self._birth,
-        }
-        return [
-            f"slot {slot} is complete, but {fault}"
-            for fault, found in faults.items()
-            for slot in np.flatnonzero(complete & found).tolist()
-        ]
-
     # --- transitions, by the owner ------------------------------------------------------------------------------------
 
-    def begin(self, slot: int) -> int:
-        """Take a slot for writing, whatever it held; returns its generation, odd."""
-        assert self._birth and 0 <= slot < self.available_slots
-        generation = self._advance(slot)
-        _FLAGS.pack_into(self._table.memory, self._offset(slot) + _FLAGS_OFFSET, WRITING)
-        return generation
+    def _put_fields(self, slot: int, key: bytes, length: int, checksum: int, expires: int) -> None:
+        if length < self.slot_bytes:
+            # Of the block that was here before, nothing stays.
+            ctypes.memset(self.data_address + slot * self.slot_bytes + length, 0, self.slot_bytes - length)
+        super()._put_fields(slot, key, length, checksum, expires)
 
-    def finish(self, slot: int, generation: int, key: bytes, length: int, checksum: int) -> int:
-        """The block is written: ``generation`` is what `begin` gave; returns the next, even. checksum: 64 bits."""
-        assert generation % 2 == 1 and int(self._generations[slot]) == generation
-        assert 0 < len(key) <= keys.KEY_BYTES_MAX and 0 < length <= self.slot_bytes
-        # Fields first: who sees the even generation sees them, and a crash in between leaves an odd one.
-        _FIELDS.pack_into(self._table.memory, self._offset(slot) + _FIELDS_OFFSET, checksum, length, 0, len(key), key)
-        native.store_generation(self._header_address(slot), generation + 1)
-        return generation + 1
-
-    def retire(self, slot: int) -> None:
-        """The slot's content is no more, complete or being written: no old generation validates from now on."""
-        assert self._birth and 0 <= slot < self.available_slots
-        self._advance(slot)
-        _FLAGS.pack_into(self._table.memory, self._offset(slot) + _FLAGS_OFFSET, 0)
-
-    def _advance(self, slot: int) -> int:
-        # Even to the odd above it; odd to the next odd; what is older than we are to our first.
-        generation = (max(int(self._generations[slot]), self._birth) + 1) | 1
-        native.store_generation(self._header_address(slot), generation)
-        return generation
+    def punch(self, slots: Sequence[int]) -> None:
+        chosen = np.sort(self._checked(slots))
+        for run in np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1):
+            if len(run):
+                first, count = int(run[0]), len(run)
+                ctypes.memset(self.data_address + first * self.slot_bytes, 0, count * self.slot_bytes)
+        self._clear_headers(chosen)
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -297,15 +365,3 @@ class Region:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _checked(self, slots: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        chosen = np.ascontiguousarray(slots, np.int64)
-        if len(chosen) and not (int(chosen.min()) >= 0 and int(chosen.max()) < self.available_slots):
-            raise IndexError(f"slots {chosen.min()} to {chosen.max()} of {self.available_slots}")
-        return chosen
-
-    def _header_address(self, slot: int) -> int:
-        return self.table_address + slot * HEADER.itemsize
-
-    def _offset(self, slot: int) -> int:
-        return SUPERBLOCK_BYTES + slot * HEADER.itemsize

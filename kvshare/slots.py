@@ -23,8 +23,9 @@ import os
 import re
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -40,6 +41,7 @@ from kvshare.region import (
     complete_slots,
     generation_now,
     read_superblock,
+    second_now,
     superblock,
     table_bytes,
 )
@@ -61,6 +63,34 @@ class Recovered(NamedTuple):
     key: bytes
     length: int
     generation: int
+    expires: int = 0  # as in its header
+
+
+class RecoveredBlocks(Sequence[Recovered]):
+    """Recovered blocks, column by column: with a million of them one by one, the garbage collector is busy for seconds.
+
+    columns: as the fields of `Recovered`.
+    """
+
+    def __init__(self, columns: Sequence[Sequence[Any]]) -> None:
+        self.columns = columns
+
+    @classmethod
+    def of(cls, recovered: Sequence[Recovered]) -> RecoveredBlocks:
+        if isinstance(recovered, cls):
+            return recovered
+        return cls(list(zip(*recovered, strict=True)) if recovered else [()] * len(Recovered._fields))
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    @overload
+    def __getitem__(self, index: int) -> Recovered: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Recovered]: ...
+    def __getitem__(self, index: int | slice) -> Recovered | Sequence[Recovered]:
+        found = [column[index] for column in self.columns]
+        return RecoveredBlocks(found) if isinstance(index, slice) else Recovered._make(found)
 
 
 class Arena(Region):
@@ -169,16 +199,16 @@ class Arena(Region):
             )
 
     def recover_blocks(self) -> None:
-        """The scan. Fills `recovered` and `unsettled`; complete slots that fail are free afterwards."""
+        """The scan. Fills `recovered` and `unsettled`; complete slots that fail or whose time is over are free afterwards."""
         self.populate()
         headers = self.headers[: self.available_slots]
         self.unsettled = np.flatnonzero((headers["flags"] & WRITING) != 0).tolist()
-        generation = self._birth + 2
+        generation, now = self._birth + 2, second_now()
         for slot in np.flatnonzero(complete_slots(headers)).tolist():
-            key, length = self.key(slot), int(headers["length"][slot])
-            if self._holds(slot, key, length):
+            key, length, expires = self.key(slot), int(headers["length"][slot]), int(headers["expires"][slot])
+            if not 0 < expires <= now and self._holds(slot, key, length):
                 native.store_generation(self._header_address(slot), generation)
-                self.recovered.append(Recovered(slot, key, length, generation))
+                self.recovered.append(Recovered(slot, key, length, generation, expires))
             else:
                 self.retire(slot)
 

@@ -23,7 +23,6 @@ Threads: all methods may be called from any thread. The owner never pins, leases
 
 from __future__ import annotations
 
-import enum
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -33,23 +32,27 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
+from kvshare.native import BlockStatus
+
 if TYPE_CHECKING:
     from kvshare.places import RegionDescription
     from kvshare.slots import Region
 
+__all__ = [
+    "I64",
+    "U64",
+    "BlockStatus",
+    "Completion",
+    "ReadRequest",
+    "Tamper",
+    "Targets",
+    "Transfer",
+    "Transport",
+    "failed",
+]
+
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
-
-
-class BlockStatus(enum.IntEnum):
-    """What became of one block of a read."""
-
-    OK = 0
-    STALE = 1  # the slot holds another generation now: evicted, rewritten, or its owner restarted
-    CORRUPT = 2  # the checksum differs: the owner should take the slot out
-    UNREACHABLE = 3  # the peer is dead, refuses us or does not know the region
-    TIMEOUT = 4  # no progress for request.seconds
-    CANCELLED = 5
 
 
 @dataclass(frozen=True)
