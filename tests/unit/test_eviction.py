@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare.eviction import S3Fifo
+from kvshare.eviction import EXPECTED_MIN, S3Fifo
 
 BATCH = 16
 
@@ -26,6 +27,9 @@ class Lru:
     def touch(self, key: bytes) -> None:
         if key in self._keys:
             self._keys.move_to_end(key)
+
+    def follow(self, keys: Sequence[bytes]) -> None:
+        """Knows nothing of chains."""
 
     def evict(self) -> bytes | None:
         return self._keys.popitem(last=False)[0] if self._keys else None
@@ -44,6 +48,7 @@ def chain(name: str, blocks: int) -> list[bytes]:
 def serve(policy: S3Fifo | Lru, request: list[bytes], capacity: int) -> int:
     """One request: hits are the leading keys that are held; the rest is saved in batches, each entered tail first."""
     hits = next((i for i, key in enumerate(request) if key not in policy), len(request))
+    policy.follow(request)
     for key in reversed(request[:hits]):
         policy.touch(key)
     for start in range(hits, len(request), BATCH):
@@ -142,6 +147,128 @@ def test_what_was_removed_is_not_remembered() -> None:
     assert b"first/0" not in policy
 
 
+def sessions_with_a_scan(seed: int) -> list[list[bytes]]:
+    """Conversations under one system prompt, each turn longer than the last; amid them a scan of cold prompts."""
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    system = chain("system", 20)
+    turns = [(i, turn) for i in range(300) for turn in range(1, rng.randint(2, 6))]
+    order = sorted(turns, key=lambda one: one[0] + 6 * one[1] + rng.random())
+    requests = [system + chain(f"session{i}", 8 * turn) for i, turn in order]
+    middle = len(requests) // 2
+    return [*requests[:middle], *(chain(f"cold{i}", 200) for i in range(20)), *requests[middle:]]
+
+
+def test_sessions_go_on_and_the_system_prompt_stays_through_a_scan() -> None:
+    for seed in (1, 2, 3):
+        requests, policy, lru, capacity = sessions_with_a_scan(seed), S3Fifo(), Lru(), 1000
+        scan = next(i for i, request in enumerate(requests) if request[0].startswith(b"cold"))
+        for one in (policy, lru):
+            for request in requests[: scan + 20]:
+                serve(one, request, capacity)
+        assert all(key in policy for key in chain("system", 20))
+        assert not any(key in lru for key in chain("system", 20))
+        assert hit_rate(policy, requests[scan + 20 :], capacity) > hit_rate(lru, requests[scan + 20 :], capacity)
+        assert policy.check() == []
+
+
+def test_no_block_leaves_before_those_after_it_whatever_is_asked_for() -> None:
+    """Random walks in a forest of prompts, saved in random order, some used often. Of what it was told nothing is torn."""
+    for seed in range(5):
+        print(f"seed {seed}")
+        rng = random.Random(seed)
+        policy, parents, held = S3Fifo(), dict[bytes, bytes](), set[bytes]()
+        for _ in range(600):
+            request = [b"root"]
+            for _ in range(rng.randint(1, 30)):
+                request.append(request[-1] + bytes([rng.choices((0, 1, 2), (8, 1, 1))[0]]))
+            parents.update((key, parent) for parent, key in pairwise(request))
+            policy.follow(request)
+            for key in request:
+                policy.touch(key)
+            for key in sorted(set(request) - held, key=lambda _: rng.random()):
+                if len(policy) >= 100:
+                    victim = policy.evict()
+                    assert victim is not None
+                    held.remove(victim)
+                    assert not [child for child in held if parents.get(child) == victim]
+                policy.insert(key)
+                held.add(key)
+        assert policy.check() == []
+
+
+def test_a_chain_that_was_told_leaves_tail_first_even_if_it_came_head_first() -> None:
+    policy, one = S3Fifo(), chain("one", 8)
+    policy.follow(one)
+    for key in one:
+        policy.insert(key)
+    assert [policy.evict() for _ in one] == [*reversed(one)]
+    assert policy.check() == []
+
+
+def test_the_end_of_a_chain_leaves_even_from_the_main_queue() -> None:
+    policy, one = S3Fifo(), chain("one", 4)
+    policy.follow(one)
+    for key in one:
+        policy.insert(key)
+    policy.touch(one[3])  # a lie: whoever asks for the end asks for all
+    policy.insert(b"other")
+    assert [policy.evict() for _ in range(5)] == [*reversed(one), b"other"]
+
+
+def test_a_parent_that_comes_later_or_again_finds_its_children() -> None:
+    policy, one = S3Fifo(), chain("one", 3)
+    policy.follow(one)
+    policy.insert(one[2])
+    policy.insert(one[1])
+    policy.insert(one[0])
+    policy.remove(one[1])
+    policy.insert(one[1])
+    policy.follow(one)
+    assert [policy.evict() for _ in one] == [one[2], one[1], one[0]]
+    assert policy.check() == []
+
+
+def test_told_that_keys_follow_each_other_in_a_circle_it_evicts_all_the_same() -> None:
+    for lie in ([b"a", b"b", b"c", b"a"], [b"a", b"a"]):
+        policy = S3Fifo()
+        for key in (b"a", b"b", b"c"):
+            policy.insert(key)
+        policy.follow(lie)
+        assert {policy.evict() for _ in range(3)} == {b"a", b"b", b"c"}
+        assert policy.check() == []
+
+
+def test_what_is_told_of_keys_that_never_come_is_forgotten() -> None:
+    policy = S3Fifo()
+    one = chain("one", 2)
+    policy.follow(one)
+    policy.follow(chain("never", EXPECTED_MIN + 1))
+    for key in one:
+        policy.insert(key)
+    assert policy.evict() == one[0]  # in the order of their coming: that one follows the other is not known any more
+
+
+def test_a_long_chain_leaves_in_steps_that_do_not_grow_with_it() -> None:
+    """Each end that leaves is found from where the last one was. Counted are the keys that any table is asked for."""
+    looks = 0
+
+    class Key(bytes):
+        def __hash__(self) -> int:
+            nonlocal looks
+            looks += 1
+            return super().__hash__()
+
+    for blocks in (100, 3000):
+        policy, one = S3Fifo(), [Key(key) for key in chain("one", blocks)]
+        policy.follow(one)
+        for key in one:
+            policy.insert(key)
+        looks = 0
+        assert [policy.evict() for _ in one] == [*reversed(one)]
+        assert looks < 40 * blocks
+
+
 def test_nothing_held_nothing_evicted() -> None:
     policy = S3Fifo()
     policy.touch(b"unknown")
@@ -149,7 +276,7 @@ def test_nothing_held_nothing_evicted() -> None:
     assert len(policy) == 0
 
 
-@given(st.lists(st.tuples(st.sampled_from(["insert", "touch", "remove", "evict"]), st.integers(0, 12)), max_size=200))
+@given(st.lists(st.tuples(st.sampled_from(["insert", "touch", "remove", "evict", "follow"]), st.integers(0, 12)), max_size=200))
 def test_it_holds_what_came_in_and_did_not_leave(steps: list[tuple[str, int]]) -> None:
     policy, held = S3Fifo(), set()
     for step, number in steps:
@@ -163,6 +290,8 @@ def test_it_holds_what_came_in_and_did_not_leave(steps: list[tuple[str, int]]) -
                 held.remove(key)
             case "touch":
                 policy.touch(key)
+            case "follow":
+                policy.follow([bytes([i]) for i in range(number % 3, number, 1 + number % 2)])
             case "evict":
                 victim = policy.evict()
                 assert (victim is None) == (not held)
