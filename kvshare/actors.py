@@ -1,14 +1,13 @@
 """Ray's part: it places, names, supervises and restarts; it is not on the path of a lookup or of a byte.
 
-    directory actor   one per cluster: a `DirectoryServer`, and a `Supervisor` that keeps a node actor on every Ray node
+    directory actor   one per cluster: a `DirectoryServer`, and what keeps a node actor on every Ray node (`kvshare.supervisor`)
     node actor        one per Ray node: a `Node`, and a card by which that Ray node's processes find it (`kvshare.cards`)
 
 All are detached, named in the namespace "kvshare", restarted for ever. A restarted directory listens on another port; nodes
 ask for it by the actor's name at every reconnect, and publish everything anew. A restarted node has its name from its Ray
 node, so it recovers the arena that its predecessor left. What dies with its Ray node is forgotten at once.
 
-Threads: methods of an actor run in Ray's threads; the supervisor is one thread, which sleeps until an actor ends or
-`WATCH_SECONDS` are over.
+Threads: methods of an actor run in Ray's threads.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -27,20 +25,16 @@ import ray.util
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvshare import cards
-from kvshare.cluster_messages import DirectoryStatus
 from kvshare.config import Settings
-from kvshare.directory_server import DirectoryServer
 from kvshare.errors import ConfigError
 from kvshare.leftovers import remove_leftovers
-from kvshare.messages import NodeStatus
+from kvshare.messages import Drained, NodeStatus, Purged
 from kvshare.node import Node
+from kvshare.purge import PurgeScope
 
 log = logging.getLogger("kvshare")
 
 NAMESPACE = "kvshare"
-WATCH_SECONDS = 2.0  # a new Ray node is seen after this; asking Ray costs a quarter of a millisecond of processor time
-RETRY_SECONDS = 10.0  # a node actor that could not start is tried again after this
-CLEANINGS = 5  # rounds in which left-overs are looked for after Ray nodes came or went
 RESOLVE_SECONDS = 2.0  # for the directory's endpoint; a node that gets none tries again
 TAKE_OVER_SECONDS = 5.0  # a killed process keeps its lock while the kernel takes it apart
 ENGINE_IGNORES = ("bind", "port", "directory", "autostart")  # settings of a node that are nothing to its engines
@@ -112,6 +106,10 @@ class NodeActor:
         """Our process id, and the node's status."""
         return os.getpid(), self._node.status()
 
+    def purge(self, scope: PurgeScope, destroy_key: bool) -> Purged:
+        """Erase it from every tier of every node."""
+        return self._node.purge(scope, destroy_key)
+
     def environment(self) -> dict[str, str]:
         """Variables that make any process of this host attach here."""
         values = self._for_engines()
@@ -121,8 +119,21 @@ class NodeActor:
         """Remove what nodes of this cluster left on this host, except those named. Returns the paths."""
         return remove_leftovers(self._settings, keep)
 
+    def drain(self, seconds: float | None = None) -> Drained | None:
+        """Hand over what only this node holds, then end in good order. ``seconds``: default ``drain_seconds``. None when it had
+        ended before."""
+        drained = self._node.drain(self._settings.drain_seconds if seconds is None else seconds)
+        self._end()
+        return drained
+
     def stop(self) -> None:
-        """End in good order; memory, socket and card are gone afterwards."""
+        """End in good order; memory, socket and card are gone afterwards. What only memory holds goes to disk and object store
+        before, where there are any: all nodes stop, so peers are no help."""
+        if self._settings.disk_dir or self._settings.object_url:
+            self._node.drain(self._settings.drain_seconds, to_peers=False)
+        self._end()
+
+    def _end(self) -> None:
         cards.remove(Settings().runtime_dir, self._raylet_pid, self._settings.cluster)
         self._node.stop(unlink=True)
 
@@ -154,164 +165,6 @@ class NodeActor:
         # Always told: who we are, and that nodes are Ray's business here, also while one restarts.
         identity = {name: getattr(self._settings, name) for name in ("cluster", "node_name", "runtime_dir")}
         return {**given, **identity, "autostart": False}
-
-
-class DirectoryActor:
-    """The cluster's directory and the supervisor of its nodes. ``values``: settings, the secret among them.
-    Raises ConfigError."""
-
-    def __init__(self, values: dict[str, Any], num_cpus: float) -> None:
-        log_to_stderr()
-        self._values = values
-        # The port is the nodes' one; the directory is found by name and takes a free one.
-        self._server = DirectoryServer(
-            Settings.load({**values, "bind": ray.util.get_node_ip_address(), "port": 0}, environment())
-        )
-        self._server.start()
-        self._supervisor = Supervisor(self._server, values, num_cpus)
-        self._supervisor.start()
-
-    def endpoint(self) -> str:
-        return str(self._server.endpoint)
-
-    def values(self) -> dict[str, Any]:
-        """Settings that the cluster was started with."""
-        return self._values
-
-    def status(self) -> tuple[int, DirectoryStatus, dict[str, str]]:
-        """Our process id, the directory's status, and why nodes that could not start did not, by Ray node."""
-        return os.getpid(), self._server.status(), self._supervisor.failures()
-
-    def quiesce(self) -> None:
-        """Supervise no more: node actors may be stopped now."""
-        self._supervisor.stop()
-
-    def stop(self) -> None:
-        self._supervisor.stop()
-        self._server.stop()
-
-
-class Supervisor:
-    """Keeps one node actor on every living Ray node. Its state is what Ray knows: a restarted one finds all by name."""
-
-    def __init__(self, server: DirectoryServer, values: Mapping[str, Any], num_cpus: float) -> None:
-        self._server = server
-        self._values = dict(values)
-        self._cluster = Settings.load(values, {}).cluster
-        self._num_cpus = num_cpus
-        self._actors: dict[str, Any] = {}  # Ray node -> handle of its node actor
-        self._lifetimes: dict[Any, str] = {}  # reference that resolves when the actor has ended -> Ray node
-        self._failed: dict[str, tuple[float, str]] = {}  # Ray node -> when to try again, why
-        self._cleanings = 0
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvshare-supervisor", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Idempotent. Returns when nothing is started any more."""
-        self._stopping.set()
-        self._thread.join()
-
-    def failures(self) -> dict[str, str]:
-        return {ray_node: reason for ray_node, (_, reason) in dict(self._failed).items()}
-
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                self._reconcile(alive_ray_nodes())
-                self._sleep()
-            except (ray.exceptions.RayError, ValueError) as error:
-                log.warning("kvshare: supervising goes on after a failure of Ray: %s", reason_of(error))
-                self._stopping.wait(WATCH_SECONDS)
-
-    def _reconcile(self, alive: Mapping[str, dict[str, Any]]) -> None:
-        """Make it so: a node actor on each living Ray node and nowhere else."""
-        gone = self._actors.keys() - alive.keys()
-        for ray_node in gone:
-            log.info("kvshare: Ray node %s is gone, and our node with it", node_name(ray_node))
-            self._server.node_lost(node_name(ray_node))
-            self._kill(ray_node)
-        for ray_node in self._failed.keys() - alive.keys():
-            del self._failed[ray_node]
-        now = time.monotonic()
-        missing = [ray_node for ray_node in alive if ray_node not in self._actors]
-        fresh = [ray_node for ray_node in missing if self._failed.get(ray_node, (0.0, ""))[0] <= now]
-        for ray_node in fresh:
-            self._create(ray_node)
-        if gone or fresh:
-            self._cleanings = CLEANINGS
-        if self._cleanings:
-            # A Ray node that died on a host that lives leaves files there: whoever lives there removes them. More than
-            # once, because its processes may outlive it for a moment.
-            self._cleanings -= 1
-            keep = [node_name(ray_node) for ray_node in alive]
-            for actor in self._actors.values():
-                actor.clean.remote(keep)
-
-    def _create(self, ray_node: str) -> None:
-        actor = (
-            ray.remote(NodeActor)
-            .options(
-                name=node_actor_name(self._cluster, ray_node),
-                namespace=NAMESPACE,
-                lifetime="detached",
-                get_if_exists=True,
-                max_restarts=-1,
-                max_task_retries=-1,
-                max_concurrency=4,
-                num_cpus=self._num_cpus,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(ray_node, soft=False),
-            )
-            .remote(self._values)
-        )
-        self._actors[ray_node] = actor
-        # Retried over restarts of the actor, so it resolves only when the actor is gone for good.
-        self._lifetimes[actor.lifetime.remote()] = ray_node
-
-    def _kill(self, ray_node: str) -> None:
-        actor = self._actors.pop(ray_node)
-        self._lifetimes = {reference: owner for reference, owner in self._lifetimes.items() if owner != ray_node}
-        ray.kill(actor, no_restart=True)
-
-    def _sleep(self) -> None:
-        if not self._lifetimes:
-            self._stopping.wait(WATCH_SECONDS)
-            return
-        ended, _ = ray.wait(list(self._lifetimes), num_returns=1, timeout=WATCH_SECONDS)
-        for reference in ended:
-            ray_node = self._lifetimes[reference]
-            try:
-                ray.get(reference)
-                reason = "the node ended"
-            except ray.exceptions.RayError as error:
-                reason = reason_of(error)
-            if ray_node in alive_ray_nodes() and not self._stopping.is_set():
-                log.warning("kvshare: node %s: %s; next try in %g s", node_name(ray_node), reason, RETRY_SECONDS)
-                self._failed[ray_node] = (time.monotonic() + RETRY_SECONDS, reason)
-            self._server.node_lost(node_name(ray_node))
-            self._kill(ray_node)
-
-
-def create_directory(values: Mapping[str, Any], cluster: str, num_cpus: float) -> Any:
-    """Handle of the cluster's directory actor, made if need be. It prefers Ray's head, which lives as long as Ray does."""
-    heads = [node_id for node_id, node in alive_ray_nodes().items() if "node:__internal_head__" in node["Resources"]]
-    return (
-        ray.remote(DirectoryActor)
-        .options(
-            name=directory_name(cluster),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            max_restarts=-1,
-            max_task_retries=-1,
-            max_concurrency=8,
-            num_cpus=num_cpus,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(heads[0], soft=True) if heads else "DEFAULT",
-        )
-        .remote(dict(values), num_cpus)
-    )
 
 
 def clean_hosts(settings: Settings, seconds: float) -> list[str]:

@@ -5,7 +5,8 @@
                  Heard(Publish) ───────> its inventory changes, if the sequence has no gap; else Resync
                  Heard(Find, AskPlan, Declare, AskDirectory) ──> an answer
                  Heard(Report) ────────> what is hot
-                 Heard(AskPlan ...) ───> Host to a donor, Heard(Hosted) ──> a Plan to each of a group (`kvshare.gathering`)
+                 Heard(AskPurge) ──────> Erase to all, Heard(Erased) ──> PurgeDone to the asker (`kvshare.purge_rounds`)
+                 Heard(AskPlan ...) ───> Host to a donor, Heard(Hosted) ──> a Plan to each of a group (`kvshare.planning`)
     Disconnected, Lost, Tick past the heartbeat ──> its inventory is forgotten, NodeLost to the others
 
 Nothing here is kept anywhere else: a directory that starts anew is filled by its nodes within a publish of each. A stale
@@ -26,52 +27,44 @@ from itertools import islice
 from kvshare.cluster_messages import (
     AskDirectory,
     AskPlan,
+    AskPurge,
     Beat,
     Declare,
     Declared,
     DirectoryStatus,
+    Erased,
     Find,
     Found,
     Hosted,
     Join,
+    Leave,
     NodeJoined,
     NodeLost,
-    Plan,
     Publish,
     Report,
     Resync,
+    Taken,
     Welcome,
 )
 from kvshare.config import Settings
 from kvshare.directory_events import Broadcast, Close, Command, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
-from kvshare.gathering import Gatherings, Waiting
+from kvshare.gate import TenantRegions
 from kvshare.hotness import Hotness
 from kvshare.index import Index, MemoryIndex
 from kvshare.keys import KEY_BYTES_MAX, PREFIX_BYTES, Namespace
+from kvshare.leaving import Leavings, Taker
+from kvshare.members import Members, Peer
 from kvshare.messages import PROTOCOL_VERSION, Message
-from kvshare.places import Location, NodeDescription
-from kvshare.plan import WarmPlan, plan_group, plan_warm
+from kvshare.places import DISK, Location, NodeDescription
+from kvshare.planning import Planner
+from kvshare.purge_rounds import PurgeRounds
 
 HEARTBEATS_MISSED_MAX = 3
 HOT_KEYS_MAX = 1 << 18  # at 16 tokens a block: the hottest four million tokens
-PLAN_BLOCKS_MAX = 1 << 15  # looked at for one plan
-DONORS_MAX = 8  # to choose from for one block of a plan
 FIND_KEYS_MAX = 1 << 16  # answered in one message; the rest is said to be unknown
 FOUND_LOCATIONS_MAX = 3
 NAMESPACES_MAX = 256  # the most recently declared
 NAMESPACES_TOLD_MAX = 3
-
-
-class _Peer:
-    """A connection and, once it joined, its node."""
-
-    def __init__(self, connection: int, heard: float) -> None:
-        self.connection = connection
-        self.heard = heard
-        self.description: NodeDescription | None = None
-        self.capable = False  # of being a group's donor
-        self.sequence: int | None = None  # of its last publish; None: only a full one will do
-        self.asked = heard  # when it was last asked for that
 
 
 class _Misbehaved(Exception):
@@ -79,45 +72,55 @@ class _Misbehaved(Exception):
 
 
 class Directory:
-    """See the module's docstring. ``epoch`` tells this start of the directory from others."""
+    """See the module's docstring. ``epoch`` tells this start of the directory from others. ``tenants``: the regions that they
+    are bound to; None: nobody is."""
 
-    def __init__(self, settings: Settings, epoch: int = 1, index: Index | None = None) -> None:
+    def __init__(
+        self, settings: Settings, epoch: int = 1, index: Index | None = None, tenants: TenantRegions | None = None
+    ) -> None:
         self._settings = settings
         self._epoch = epoch
         self._index: Index = MemoryIndex(settings.index_keys_max) if index is None else index
         self._hotness = Hotness(settings.hot_half_life_seconds, HOT_KEYS_MAX)
         self._patience_seconds = HEARTBEATS_MISSED_MAX * settings.heartbeat_seconds
-        self._peers: OrderedDict[int, _Peer] = OrderedDict()  # by connection, longest unheard first
-        self._nodes: dict[str, _Peer] = {}  # those that joined, by name
-        self._gatherings = Gatherings(settings.warm_group_ranks, settings.warm_gather_seconds)
-        self._busy_until: dict[str, float] = {}  # donors: when the plans made so far should be done
-        self._namespaces: OrderedDict[bytes, Namespace] = OrderedDict()  # by family, latest last
         self._counters: Counter[str] = Counter()
+        self._members = Members(tenants)
+        self._leavings = Leavings(self._index, self._stays, self._takers, self._may_hold)
+        self._planner = Planner(settings, self._index, self._hotness, self._members, self._leavings, self._counters)
+        self._purges = PurgeRounds(epoch)
+        self._namespaces: OrderedDict[bytes, Namespace] = OrderedDict()  # by family, latest last
 
     def next_deadline(self) -> float | None:
         """When the caller should `Tick` if nothing happens before; None while nobody is connected."""
-        deadlines = [peer.heard + self._patience_seconds for peer in islice(self._peers.values(), 1)]
-        return min([*deadlines, *self._gatherings.deadlines()], default=None)
+        deadlines = [peer.heard + self._patience_seconds for peer in islice(self._members.peers.values(), 1)]
+        return min(
+            [*deadlines, *self._planner.deadlines(), *self._purges.deadlines(), *self._leavings.deadlines()], default=None
+        )
 
     def status(self, ask: int = 0) -> DirectoryStatus:
         """Who is here and how much is known."""
         counters = {**self._counters, "locations": self._index.locations(), "hot_keys": len(self._hotness)}
-        return DirectoryStatus(ask, self._epoch, list(map(self._description, self._nodes)), len(self._index), counters)
+        return DirectoryStatus(
+            ask, self._epoch, list(map(self._members.description, self._members.nodes)), len(self._index), counters
+        )
 
     def check(self) -> list[str]:
         """Problems found, one sentence each; empty when all is well."""
-        problems = self._index.check() + self._hotness.check()
-        problems += [f"the index names {name}, which is not here" for name in self._index.nodes() - self._nodes.keys()]
-        for name, peer in self._nodes.items():
-            if self._peers.get(peer.connection) is not peer:
+        problems = self._index.check() + self._hotness.check() + self._leavings.check()
+        problems += [f"the index names {name}, which is not here" for name in self._index.nodes() - self._members.nodes.keys()]
+        for name, peer in self._members.nodes.items():
+            if self._members.peers.get(peer.connection) is not peer:
                 problems.append(f"node {name} has no connection")
             if peer.description is None or peer.description.node != name:
                 problems.append(f"node {name} is described as {peer.description}")
-        joined = sum(peer.description is not None for peer in self._peers.values())
-        if joined != len(self._nodes):
-            problems.append(f"{joined} connections joined, {len(self._nodes)} nodes are known")
-        problems += [f"connection {gone} waits for a group" for gone in self._gatherings.connections() - self._peers.keys()]
-        heard = [peer.heard for peer in self._peers.values()]
+        joined = sum(peer.description is not None for peer in self._members.peers.values())
+        if joined != len(self._members.nodes):
+            problems.append(f"{joined} connections joined, {len(self._members.nodes)} nodes are known")
+        problems += [f"connection {gone} waits for a group" for gone in self._planner.waiting() - self._members.peers.keys()]
+        problems += [
+            f"connection {gone} is part of a purge" for gone in self._purges.connections() - self._members.peers.keys()
+        ]
+        heard = [peer.heard for peer in self._members.peers.values()]
         if heard != sorted(heard):
             problems.append("connections are out of the order in which they were heard")
         return problems
@@ -130,24 +133,24 @@ class Directory:
             case Heard(connection=connection, message=message):
                 return self._heard(connection, message, now)
             case Connected(connection=connection):
-                assert connection not in self._peers
-                self._peers[connection] = _Peer(connection, now)
+                assert connection not in self._members.peers
+                self._members.peers[connection] = Peer(connection, now)
                 return []
             case Disconnected(connection=connection):
-                peer = self._peers.get(connection)
+                peer = self._members.peers.get(connection)
                 return [] if peer is None else self._forget(peer)
             case Lost(node=name):
-                peer = self._nodes.get(name)
+                peer = self._members.nodes.get(name)
                 return [] if peer is None else self._part(peer, f"node {name} is said to be dead")
             case Tick():
                 return self._tick(now)
 
     def _heard(self, connection: int, message: Message, now: float) -> list[Command]:
-        peer = self._peers.get(connection)
+        peer = self._members.peers.get(connection)
         if peer is None:
             return []  # closed by us; this was on its way
         peer.heard = now
-        self._peers.move_to_end(connection)
+        self._members.peers.move_to_end(connection)
         try:
             match message:
                 case Join():
@@ -160,7 +163,7 @@ class Directory:
         except _Misbehaved as error:
             return self._part(peer, f"{_name(peer)} {error}")
 
-    def _heard_from_node(self, peer: _Peer, node: NodeDescription, message: Message, now: float) -> list[Command]:
+    def _heard_from_node(self, peer: Peer, node: NodeDescription, message: Message, now: float) -> list[Command]:
         match message:
             case Publish():
                 return self._publish(peer, node, message)
@@ -173,9 +176,19 @@ class Directory:
                     self._hotness.touch(chain, now)
                 return []
             case AskPlan():
-                return self._gather(peer, message, now)
+                return self._planner.ask(peer, message, now)
             case Hosted():
-                return self._hosted(peer, message, now)
+                return self._planner.hosted(peer, message, now)
+            case AskPurge():
+                return self._purge(peer, message, now)
+            case Erased():
+                return _sends(self._purges.erased(peer.connection, message))
+            case Leave():
+                self._counters["leaves"] += 1
+                hottest = self._hotness.hottest_of(self._index.held_by(node.node))
+                return self._leavings.begin(node.node, peer.connection, message, hottest, now)
+            case Taken(ask=ask):
+                return self._leavings.taken(node.node, ask, now)
             case Declare(ask=ask, namespace=namespace):
                 return [Send(peer.connection, Declared(ask, self._declare(namespace)))]
             case Beat():
@@ -187,33 +200,36 @@ class Directory:
         commands: list[Command] = []
         # next_deadline's own sum: a difference could round to just below the patience, and a caller that ticks at the
         # deadline would tick again and again.
-        while self._peers and (peer := next(iter(self._peers.values()))).heard + self._patience_seconds <= now:
+        while self._members.peers and (peer := next(iter(self._members.peers.values()))).heard + self._patience_seconds <= now:
             commands += self._part(peer, f"{_name(peer)} was not heard of for {self._patience_seconds} s")
-        return commands + self._plan_singly(self._gatherings.overdue(now), now)
+        return commands + self._planner.tick(now) + _sends(self._purges.overdue(now)) + self._leavings.tick(now)
 
     # --- who is here --------------------------------------------------------------------------------------------------
 
-    def _join(self, peer: _Peer, join: Join) -> list[Command]:
+    def _join(self, peer: Peer, join: Join) -> list[Command]:
         if join.version != PROTOCOL_VERSION:
             raise _Misbehaved(f"speaks protocol {join.version}, we speak {PROTOCOL_VERSION}: run one version of kvshare")
         node, peer.capable = join.node, join.capable
         if peer.description is not None:
             return self._describe_anew(peer, peer.description, node)
         commands: list[Command] = []
-        rival = self._nodes.get(node.node)
+        rival = self._members.nodes.get(node.node)
         if rival is not None:
-            if node.epoch < self._description(node.node).epoch:
+            if node.epoch < self._members.description(node.node).epoch:
                 # Were it a restart whose old connection lingers, the heartbeat ends that one soon.
                 raise _Misbehaved(f"wants the name {node.node!r} of a later start: give every host its own 'node_name'")
             commands.append(Close(rival.connection, f"node {node.node} joined again on another connection"))
             self._remove(rival)
+            commands += _sends(self._purges.leave(rival.connection))
         self._counters["joins"] += 1
         peer.description = node
-        others = [self._description(name) for name in self._nodes]
-        self._nodes[node.node] = peer
-        return [*commands, Send(peer.connection, Welcome(self._epoch, others)), *self._tell_others(peer, NodeJoined(node))]
+        others = [self._members.description(name) for name in self._members.nodes]
+        self._members.nodes[node.node] = peer
+        purges = [] if node.is_engine else self._purges.missed(node.node)
+        welcome = Send(peer.connection, Welcome(self._epoch, others, purges))
+        return [*commands, welcome, *self._tell_others(peer, NodeJoined(node))]
 
-    def _describe_anew(self, peer: _Peer, known: NodeDescription, node: NodeDescription) -> list[Command]:
+    def _describe_anew(self, peer: Peer, known: NodeDescription, node: NodeDescription) -> list[Command]:
         if node.node != known.node:
             raise _Misbehaved(f"joined again as {node.node}")
         if node == known:
@@ -226,40 +242,50 @@ class Directory:
             commands += self._ask_all(peer)
         return commands
 
-    def _part(self, peer: _Peer, reason: str) -> list[Command]:
+    def _part(self, peer: Peer, reason: str) -> list[Command]:
         """Forget a connection that is still open."""
         return [Close(peer.connection, reason), *self._forget(peer)]
 
-    def _forget(self, peer: _Peer) -> list[Command]:
+    def _forget(self, peer: Peer) -> list[Command]:
         self._remove(peer)
+        commands = _sends(self._purges.leave(peer.connection))
         if peer.description is None:
-            return []
+            return commands
         self._counters["losses"] += 1
-        return self._tell_others(peer, NodeLost(peer.description.node))
+        return commands + self._tell_others(peer, NodeLost(peer.description.node))
 
-    def _remove(self, peer: _Peer) -> None:
-        del self._peers[peer.connection]
-        self._gatherings.leave(peer.connection)
+    def _remove(self, peer: Peer) -> None:
+        del self._members.peers[peer.connection]
+        self._planner.leave(peer)
         if peer.description is not None:
             name = peer.description.node
-            assert self._nodes[name] is peer
-            del self._nodes[name]
+            assert self._members.nodes[name] is peer
+            del self._members.nodes[name]
             self._index.drop(name)
-            self._busy_until.pop(name, None)
+            self._leavings.lose(name)
 
-    def _description(self, name: str) -> NodeDescription:
-        """Of a node that is here; the index names no others."""
-        description = self._nodes[name].description
-        assert description is not None
-        return description
+    def _stays(self, name: str) -> bool:
+        return name in self._members.nodes and not self._members.description(name).is_engine
 
-    def _tell_others(self, peer: _Peer, message: Message) -> list[Command]:
-        others = tuple(other.connection for other in self._nodes.values() if other is not peer)
+    def _may_hold(self, name: str, key: bytes) -> bool:
+        return self._members.may_hold(self._members.description(name), key)
+
+    def _takers(self, name: str) -> list[Taker]:
+        """Who could read what this node holds."""
+        source = self._members.description(name)
+        return [
+            Taker(other, peer.connection, peer.free_bytes)
+            for other, peer in self._members.nodes.items()
+            if other != name and self._stays(other) and source.may_be_read_from(self._members.description(other).host_id)
+        ]
+
+    def _tell_others(self, peer: Peer, message: Message) -> list[Command]:
+        others = tuple(other.connection for other in self._members.nodes.values() if other is not peer)
         return [Broadcast(others, message)] if others else []
 
     # --- what they hold -----------------------------------------------------------------------------------------------
 
-    def _publish(self, peer: _Peer, node: NodeDescription, publish: Publish) -> list[Command]:
+    def _publish(self, peer: Peer, node: NodeDescription, publish: Publish) -> list[Command]:
         if publish.node != node.node:
             raise _Misbehaved(f"publishes for {publish.node}")
         _require_keys(block.key for block in publish.stored)
@@ -270,7 +296,7 @@ class Directory:
             return []  # its full inventory is on its way
         elif publish.epoch != node.epoch or publish.sequence != peer.sequence + 1:
             return self._ask_all(peer)
-        peer.sequence = publish.sequence
+        peer.sequence, peer.free_bytes = publish.sequence, publish.free_bytes
         self._index.remove(node.node, publish.removed)
         refused = self._index.add(node.node, publish.stored)
         self._counters["refused"] += refused
@@ -279,7 +305,7 @@ class Directory:
         full = f"the directory is full (setting 'index_keys_max' is {self._settings.index_keys_max})"
         return [Tell(f"{full}: more blocks are not shared; raise it")]
 
-    def _ask_all(self, peer: _Peer) -> list[Command]:
+    def _ask_all(self, peer: Peer) -> list[Command]:
         """Once for each gap; again with a heartbeat if it was in vain."""
         self._counters["resyncs"] += 1
         peer.sequence, peer.asked = None, peer.heard
@@ -288,85 +314,25 @@ class Directory:
     def _find(self, node: NodeDescription, wanted: list[bytes]) -> list[list[Location]]:
         self._counters["finds"] += 1
         found = self._index.locate(wanted[:FIND_KEYS_MAX], node.node, FOUND_LOCATIONS_MAX)
+        found = [places if self._members.may_hold(node, key) else [] for key, places in zip(wanted, found, strict=False)]
+        leaves = node.node in self._leavings
+        found = [self._leavings.staying(places) if leaves else self._leavings.preferred(places) for places in found]
         for places in found:
             if len(places) > 1:
-                # Stable: freshest first in each.
-                places.sort(key=lambda where: self._description(where.node).host_id != node.host_id)
+                places.sort(key=lambda where: self._distance(where, node))  # stable: freshest first in each
         return found + [[] for _ in wanted[FIND_KEYS_MAX:]]
 
-    def _plan(self, node: NodeDescription, ask: AskPlan, now: float) -> Plan:
-        self._counters["plans"] += 1
-        held = self._index.held_by(node.node)
-        plan = plan_warm(
-            self._hotness.hottest(ask.family, PLAN_BLOCKS_MAX),
-            lambda key: key in held,
-            lambda key: self._donors(key, node),
-            lambda name: self._description(name).may_be_read_from(node.host_id),
-            ask.bytes_max,
-            ask.seconds_max,
-            self._busy(now),
-        )
-        self._give_work(plan, now)
-        return Plan(ask.ask, plan.items, plan.present, None)
+    def _distance(self, where: Location, asker: NodeDescription) -> tuple[bool, bool]:
+        """Memory before disk, and there the asker's own host first."""
+        holder = self._members.description(where.node)
+        return holder.kind_of(where.region) == DISK, holder.host_id != asker.host_id
 
-    def _busy(self, now: float) -> dict[str, float]:
-        return {name: until - now for name, until in self._busy_until.items() if until > now}
-
-    def _give_work(self, plan: WarmPlan, now: float) -> None:
-        for name, seconds in plan.seconds.items():
-            self._busy_until[name] = max(now, self._busy_until.get(name, now)) + seconds
-
-    def _gather(self, peer: _Peer, ask: AskPlan, now: float) -> list[Command]:
-        """A plan of its own, unless it takes part in groups and something is hot: then it waits for others."""
-        waiting = [Waiting(peer.connection, ask)]
-        if not (ask.group and self._gatherings.ranks and self._hotness.hottest(ask.family, 1)):
-            return self._plan_singly(waiting, now)
-        joiners = self._gatherings.come(waiting[0], now)
-        if not joiners:
-            return []
-        nodes = [self._joined(each) for each in joiners]
-        plan = plan_group(
-            self._hotness.hottest(ask.family, PLAN_BLOCKS_MAX),
-            [self._index.held_by(node.node) for node in nodes],
-            lambda key: self._hosts(key, nodes),
-            min(each.ask.bytes_max for each in joiners),
-            min(each.ask.seconds_max for each in joiners),
-            self._busy(now),
-        )
-        if not plan.items:
-            return self._plan_singly(joiners, now)
-        self._give_work(plan, now)
-        donor = self._nodes[plan.items[0].location.node].connection
-        return [Send(donor, self._gatherings.host(donor, joiners, plan.items, plan.present, now))]
-
-    def _hosted(self, peer: _Peer, hosted: Hosted, now: float) -> list[Command]:
-        plans, left_over = self._gatherings.hosted(peer.connection, hosted)
-        self._counters["groups"] += bool(plans)
-        commands: list[Command] = [Send(connection, plan) for connection, plan in plans]
-        return commands + self._plan_singly(left_over, now)
-
-    def _plan_singly(self, waiting: Iterable[Waiting], now: float) -> list[Command]:
-        return [Send(each.connection, self._plan(self._joined(each), each.ask, now)) for each in waiting]
-
-    def _joined(self, waiting: Waiting) -> NodeDescription:
-        description = self._peers[waiting.connection].description
-        assert description is not None
-        return description
-
-    def _hosts(self, key: bytes, joiners: list[NodeDescription]) -> list[Location]:
-        """Where nodes have a block that can give it to all of these as a group: over TCP, from their own memory."""
-        names = {node.node for node in joiners}
-        found = self._index.locate([key], "", DONORS_MAX + len(names))[0]
-        return [where for where in found if where.node not in names and self._can_host(where.node)]
-
-    def _can_host(self, name: str) -> bool:
-        node = self._description(name)
-        return self._nodes[name].capable and bool(node.endpoint) and not node.is_engine
-
-    def _donors(self, key: bytes, node: NodeDescription) -> list[Location]:
-        """Arenas, where blocks stay longer and reading disturbs no engine; engines where nobody else has the block."""
-        found = self._index.locate([key], node.node, DONORS_MAX)[0]
-        return [where for where in found if not self._description(where.node).is_engine] or found
+    def _purge(self, peer: Peer, ask: AskPurge, now: float) -> list[Command]:
+        """Nodes are asked, and empty the index by what they publish; an engine's part is its node's."""
+        self._counters["purges"] += 1
+        nodes = self._members.nodes.items()
+        asked = {each.connection: name for name, each in nodes if not self._members.description(name).is_engine}
+        return [Broadcast(tuple(asked), self._purges.begin(peer.connection, ask, asked, now))]
 
     def _declare(self, namespace: Namespace) -> list[Namespace]:
         """Remember a namespace; the nearest others, most alike first."""
@@ -379,7 +345,11 @@ class Directory:
         return sorted(others, key=lambda other: len(namespace.differing(other)))[:NAMESPACES_TOLD_MAX]
 
 
-def _name(peer: _Peer) -> str:
+def _sends(messages: Iterable[tuple[int, Message]]) -> list[Command]:
+    return [Send(connection, message) for connection, message in messages]
+
+
+def _name(peer: Peer) -> str:
     return f"connection {peer.connection}" if peer.description is None else f"node {peer.description.node}"
 
 

@@ -29,6 +29,7 @@ from kvshare.config import Settings
 from kvshare.directory import Directory
 from kvshare.directory_events import Broadcast, Close, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
 from kvshare.errors import AuthenticationError, ConfigError, KVShareError, ProtocolError, Unavailable
+from kvshare.tenants import Tenants
 
 log = logging.getLogger("kvshare")
 
@@ -42,11 +43,15 @@ SAID_MAX = 1024  # different lines that are remembered as said; then they may be
 
 
 class DirectoryServer:
-    """See the module's docstring. Uses ``bind``, ``port``, ``secret`` and the limits of ``settings``."""
+    """See the module's docstring. Uses ``bind``, ``port``, ``secret``, ``tenants_file`` and the limits of ``settings``.
+
+    Raises:
+        ConfigError: the tenants' file cannot be used.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._directory = Directory(settings, epoch=time.time_ns())
+        self._directory = Directory(settings, time.time_ns(), tenants=Tenants.load(settings.tenants_file))
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToDirectory)
         self._encoder = msgspec.msgpack.Encoder()
         self._writers: dict[int, asyncio.StreamWriter] = {}

@@ -13,7 +13,7 @@ Pure: time is an argument. Threads: none; one caller.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +99,11 @@ class Hotness:
         names = list(heats)
         order = _hottest_first(list(heats.values()))[:keys_max]
         return [HotKey(names[i], heats[names[i]].parent) for i in order]
+
+    def hottest_of(self, wanted: Container[bytes]) -> list[bytes]:
+        """All of ``wanted`` that have ever been looked up, of any family, hottest first, at equal heat head first."""
+        found = [(key, heat) for heats in self._families.values() for key, heat in heats.items() if key in wanted]
+        return [found[i][0] for i in _hottest_first([heat for _, heat in found])]
 
     def check(self) -> list[str]:
         """Problems found, one sentence each; empty when all is well."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Set
 from typing import Protocol
 
-from kvshare.places import Location, Stored
+from kvshare.places import Location, Stored, located
 
 LOCATIONS_PER_KEY = 2  # on average: memory follows locations, so these are limited too
 
@@ -33,6 +33,9 @@ class Index(Protocol):
 
     def locate(self, keys: Sequence[bytes], exclude: str, locations_max: int) -> list[list[Location]]:
         """For each key up to ``locations_max`` places, freshest first, none of them on ``exclude``."""
+
+    def holders(self, key: bytes) -> Sequence[str]:
+        """The names of all who hold a key, freshest last."""
 
     def held_by(self, node: str) -> Set[bytes]:
         """The keys that ``node`` holds: a view, good until the next change."""
@@ -110,11 +113,14 @@ class MemoryIndex:
         for key in keys:
             names = self._holders.get(key, ())
             if isinstance(names, str):
-                found.append([] if names == exclude else [_location(names, self._held[names][key])])
+                found.append([] if names == exclude else [located(names, self._held[names][key])])
                 continue
             chosen = [name for name in reversed(names) if name != exclude][:locations_max]
-            found.append([_location(name, self._held[name][key]) for name in chosen])
+            found.append([located(name, self._held[name][key]) for name in chosen])
         return found
+
+    def holders(self, key: bytes) -> Sequence[str]:
+        return _names(self._holders.get(key, ()))
 
     def held_by(self, node: str) -> Set[bytes]:
         return self._held.get(node, {}).keys()
@@ -149,10 +155,6 @@ class MemoryIndex:
             del self._holders[key]
         else:
             self._holders[key] = names[0] if len(names) == 1 else names
-
-
-def _location(node: str, block: Stored) -> Location:
-    return Location(node, block.region, block.slot, block.generation, block.length)
 
 
 def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ Any driver connected to the same Ray cluster may call `status`, `stop`, or `star
 if __name__ != "kvshare.integrations.ray":
     raise ImportError(f"import kvshare.integrations.ray, not {__name__}")
 
-from kvshare.integrations.ray.cluster import Cluster, engine_env, start, status, stop
+from kvshare.integrations.ray.cluster import Cluster, drain, engine_env, purge, start, status, stop
 from kvshare.integrations.ray.status import ClusterStatus, NodeState
 
-__all__ = ["Cluster", "ClusterStatus", "NodeState", "engine_env", "start", "status", "stop"]
+__all__ = ["Cluster", "ClusterStatus", "NodeState", "drain", "engine_env", "purge", "start", "status", "stop"]

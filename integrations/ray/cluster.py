@@ -16,16 +16,19 @@ import ray
 import ray.exceptions
 import ray.util
 
-from kvshare import actors
+from kvshare import actors, supervisor
 from kvshare.cluster_messages import DirectoryStatus
 from kvshare.config import Settings
 from kvshare.errors import ConfigError, Unavailable
 from kvshare.integrations.ray.status import ClusterStatus, NodeState
-from kvshare.messages import NodeStatus
+from kvshare.messages import Drained, NodeStatus, Purged
+from kvshare.purge import PurgeScope
 
 START_SECONDS = 60.0  # for the directory actor: a process, and imports on a busy host
 ANSWER_SECONDS = 10.0
+PURGE_SECONDS = 600.0  # an object store is rewritten segment by segment
 STOP_SECONDS = 20.0  # for one step of stopping
+DRAIN_SECONDS_MAX = 3600.0  # where the cluster's own setting says how long
 PAUSE_SECONDS = 0.1
 OWN = ("node_name", "bind", "directory")  # settings that follow from the Ray node
 
@@ -52,6 +55,12 @@ class Cluster:
                 missing = failed or [f"{node.node} is {node.state}" for node in now.nodes if node.state != "joined"]
                 raise Unavailable(f"kvshare cluster {self.cluster!r} is not complete: {'; '.join(missing) or 'no Ray nodes'}")
             time.sleep(PAUSE_SECONDS)
+
+    def purge(self, *, tenant: str = "", family: bytes = b"", prefix: bytes = b"", destroy_key: bool = False) -> Purged:
+        return purge(self.cluster, PurgeScope(tenant, family, prefix), destroy_key)
+
+    def drain(self, node: str, timeout: float | None = None) -> Drained:
+        return drain(self.cluster, node, timeout)
 
     def stop(self) -> None:
         stop(self.cluster)
@@ -86,7 +95,7 @@ def start(*, num_cpus: float = 0, **settings: Any) -> Cluster:
             f"setting 'secret' cannot be {'*' * len(loaded.secret)!r}: use 16 characters or more, or leave it out."
         )
     values = {**settings, "cluster": loaded.cluster, "secret": loaded.secret}
-    directory = actors.create_directory(values, loaded.cluster, num_cpus)
+    directory = supervisor.create_directory(values, loaded.cluster, num_cpus)
     _ask(directory.endpoint.remote(), START_SECONDS, "the directory did not start")
     running = _ask(directory.values.remote(), ANSWER_SECONDS, "the directory does not answer")
     asked, runs = Settings.load(values, {}), Settings.load(running, {})
@@ -110,27 +119,69 @@ def status(cluster: str = "default") -> ClusterStatus:
     alive = actors.alive_ray_nodes()
     asked = {ray_node: _actor(actors.node_actor_name(cluster, ray_node)) for ray_node in alive}
     questions = {ray_node: actor.status.remote() for ray_node, actor in asked.items() if actor is not None}
-    endpoint, pid, known, failures = "", 0, DirectoryStatus(0, 0, [], 0, {}), dict[str, str]()
+    endpoint, pid, known, failures, left = "", 0, DirectoryStatus(0, 0, [], 0, {}), dict[str, str](), set[str]()
     question, where = directory.status.remote(), directory.endpoint.remote()
     ray.wait([question, where, *questions.values()], num_returns=len(questions) + 2, timeout=ANSWER_SECONDS)
     try:
-        pid, known, failures = ray.get(question, timeout=0)
+        pid, known, failures, left = ray.get(question, timeout=0)
         endpoint = ray.get(where, timeout=0)
     except ray.exceptions.RayError:
         pass  # restarting: nodes go on without
     joined = {node.node for node in known.nodes if not node.is_engine}
     nodes = [
         _node_state(
-            ray_node, alive[ray_node]["NodeManagerAddress"], questions.get(ray_node), joined, failures.get(ray_node, "")
+            ray_node,
+            alive[ray_node]["NodeManagerAddress"],
+            questions.get(ray_node),
+            joined,
+            failures.get(ray_node, ""),
+            ray_node in left,
         )
         for ray_node in sorted(alive)
     ]
     return ClusterStatus(cluster, endpoint, pid, known.keys, tuple(nodes), tuple(sorted(joined)), dict(known.counters))
 
 
+def purge(cluster: str, scope: PurgeScope, destroy_key: bool = False) -> Purged:
+    """Erase blocks from every tier of every node; ``destroy_key``: the tenant's key too. Returns what each node gave up;
+    nothing is left when ``silent`` and all ``faults`` are empty.
+
+    Raises:
+        ConfigError: Ray is not initialized. Unavailable: no node answers, or not within `PURGE_SECONDS`.
+    """
+    _require_ray()
+    actor = next((actor for name in _names(f"{cluster}/node/") if (actor := _actor(name)) is not None), None)
+    if actor is None:
+        raise Unavailable(f"kvshare cluster {cluster!r} has no node that could be asked: start() it and wait() for it")
+    done = _ask(actor.purge.remote(scope, destroy_key), PURGE_SECONDS, f"{scope} was not purged: run it again")
+    assert isinstance(done, Purged)
+    return done
+
+
+def drain(cluster: str, node: str, timeout: float | None = None) -> Drained:
+    """Have one node leave: what only it holds goes to peers, disk and object store; then it ends, for as long as its Ray node
+    lives. node: its name or Ray's id of its Ray node. timeout: default ``drain_seconds``. Ray's own notices (`ray drain-node`,
+    preemption) do the same without being asked.
+
+    Raises:
+        ConfigError: Ray is not initialized. Unavailable: there is no such node, or it does not answer.
+    """
+    _require_ray()
+    ray_node = next((each for each in actors.alive_ray_nodes() if node in (each, actors.node_name(each))), None)
+    directory = _actor(actors.directory_name(cluster))
+    if ray_node is None or directory is None:
+        raise Unavailable(f"kvshare cluster {cluster!r} has no node {node!r} that could be drained")
+    limit = DRAIN_SECONDS_MAX if timeout is None else timeout + 2 * STOP_SECONDS
+    drained = _ask(directory.drain.remote(ray_node, timeout), limit, f"node {node} was not drained")
+    if not isinstance(drained, Drained):
+        raise Unavailable(f"node {node} ended before it had handed over")
+    return drained
+
+
 def stop(cluster: str = "default") -> None:
-    """Stop a cluster in good order: afterwards no actor, socket or memory of it is left on living Ray nodes. Idempotent.
-    Engines go on without it. Raises ConfigError (Ray is not initialized)."""
+    """Stop a cluster in good order: afterwards no actor, socket or memory of it is left on living Ray nodes. Where a disk or an
+    object store is configured, blocks go there first. Idempotent. Engines go on without it. Raises ConfigError (Ray is not
+    initialized)."""
     _require_ray()
     directory = _actor(actors.directory_name(cluster))
     values: dict[str, Any] = {"cluster": cluster}
@@ -144,12 +195,14 @@ def stop(cluster: str = "default") -> None:
             directory = None
     names = _names(f"{cluster}/node/")
     nodes = [actor for name in names if (actor := _actor(name)) is not None]
+    settings = Settings.load({name: value for name, value in values.items() if name not in OWN}, {})
     if nodes:
-        ray.wait([actor.stop.remote() for actor in nodes], num_returns=len(nodes), timeout=STOP_SECONDS)
+        seconds = STOP_SECONDS + settings.drain_seconds
+        ray.wait([actor.stop.remote() for actor in nodes], num_returns=len(nodes), timeout=seconds)
     for actor in nodes:
         ray.kill(actor, no_restart=True)
     _wait_gone(names)
-    actors.clean_hosts(Settings.load({name: value for name, value in values.items() if name not in OWN}, {}), STOP_SECONDS)
+    actors.clean_hosts(settings, STOP_SECONDS)
     if directory is not None:
         ray.wait([directory.stop.remote()], timeout=STOP_SECONDS)
         ray.kill(directory, no_restart=True)
@@ -174,16 +227,16 @@ def engine_env(cluster: str = "default", ray_node: str | None = None) -> dict[st
     return dict(_ask(actor.environment.remote(), START_SECONDS, f"the node of Ray node {ray_node} does not answer"))
 
 
-def _node_state(ray_node: str, address: str, question: Any, joined: set[str], failure: str) -> NodeState:
+def _node_state(ray_node: str, address: str, question: Any, joined: set[str], failure: str, left: bool) -> NodeState:
     name = actors.node_name(ray_node)
     try:
         if question is None:
             raise ray.exceptions.GetTimeoutError("no actor")
         pid, node = ray.get(question, timeout=0)
     except ray.exceptions.RayError:
-        return NodeState(ray_node, address, name, "failed" if failure else "starting", failure)
+        return NodeState(ray_node, address, name, "left" if left else "failed" if failure else "starting", failure)
     assert isinstance(node, NodeStatus)
-    state = "joined" if name in joined else "starting"
+    state = "leaving" if left else "joined" if name in joined else "starting"
     return NodeState(ray_node, address, name, state, "", pid, node.node.endpoint, node.sessions, dict(node.counters))
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class NodeState:
-    """One Ray node. state: "joined" (the directory knows our node), "starting" (it does not yet, or not at present), or
-    "failed". reason: why it failed. pid: of the node's process, 0 when unknown."""
+    """One Ray node. state: "joined" (the directory knows our node), "starting" (it does not yet, or not at present), "leaving"
+    or "left" (it was drained, or its Ray node is about to go), or "failed". reason: why it failed. pid: of the node's process,
+    0 when unknown."""
 
     ray_node: str
     address: str
@@ -37,8 +38,9 @@ class ClusterStatus:
 
     @property
     def joined(self) -> bool:
-        """Has every living Ray node a node that the directory knows?"""
-        return bool(self.nodes) and all(node.state == "joined" for node in self.nodes)
+        """Has every living Ray node that is not about to go a node that the directory knows?"""
+        states = {node.state for node in self.nodes} - {"leaving", "left"}
+        return states == {"joined"}
 
     def __str__(self) -> str:
         head = f"kvshare cluster {self.cluster!r}: directory {self.directory or 'away'}, {self.keys} keys"

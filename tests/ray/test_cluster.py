@@ -12,9 +12,9 @@ import ray
 import ray.util
 
 import kvshare.integrations.ray as kvshare_ray
-from kvshare import ConfigError, Unavailable
+from kvshare import ConfigError, Unavailable, keys
 from kvshare.integrations.ray import Cluster, ClusterStatus
-from tests.ray.conftest import Fleet, eventually, kill, prompt, runs
+from tests.ray.conftest import BLOCK_SIZE, SPACE, Fleet, eventually, kill, prompt, runs
 
 pytestmark = pytest.mark.ray
 
@@ -50,6 +50,19 @@ def test_an_engine_and_its_child_processes_find_the_node_of_their_ray_node(fleet
         assert found == str(fleet.folder / "tests" / f"{state.node}.sock")
         environment = kvshare_ray.engine_env("tests", state.ray_node)
         assert environment["KVSHARE_NODE_NAME"] == state.node and environment["KVSHARE_CLUSTER"] == "tests"
+
+
+def test_a_purge_reaches_the_nodes_of_all_ray_nodes(fleet: Fleet, cluster: Cluster) -> None:
+    first, second = cluster.status().nodes
+    purged, other = prompt(21), prompt(22)
+    assert fleet.save(first, purged) == fleet.save(second, other) == 10
+    assert eventually(lambda: fleet.load(second, purged) == len(purged))
+    head = keys.prefix(SPACE.family()) + keys.chain(purged, BLOCK_SIZE)[0]
+    done = cluster.purge(prefix=head)
+    assert {node.node for node in done.nodes} == {first.node, second.node}
+    assert done.silent == [] and sum(tier.blocks for node in done.nodes for tier in node.tiers) >= 1
+    assert fleet.load(first, purged) == fleet.load(second, purged) == 0
+    assert fleet.load(second, other) == len(other)
 
 
 def test_blocks_saved_on_one_ray_node_are_loaded_on_the_other(fleet: Fleet, cluster: Cluster) -> None:
