@@ -5,6 +5,9 @@
         loaded = cache.load(tokens[:cached], blocks) # verified and filled, from the front
         cache.save(tokens, blocks)
 
+``tenant`` is whose the blocks are (default: setting ``tenant``): a tenant finds its own blocks only. A name that is none (it
+has 1 to 64 letters, digits, '_', '.', '-') raises ValueError.
+
 Calls here wait (bounded); an engine with a scheduler of its own uses `kvshare.session` and `kvshare.mover` directly.
 """
 
@@ -13,17 +16,22 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from kvshare import keys
 from kvshare.config import Settings
+from kvshare.messages import Purge, Purged
 from kvshare.mover import Mover
+from kvshare.purge import PurgeScope
 from kvshare.question import Question
-from kvshare.session import Session, WarmState
+from kvshare.session import Session, WarmState, purged
+from kvshare.tenants import NAME_REMEDY, tag_of
 from kvshare.transport.base import Targets
 
+PURGE_SECONDS = 600.0  # an object store is rewritten segment by segment
 SAVE_SECONDS = 30.0  # to copy what was given into the arena; far more than it takes
 
 
@@ -40,13 +48,15 @@ class Cache:
         )
         self._mover = Mover(self._session)
 
-    def match(self, token_ids: Sequence[int], *, lora: bytes = b"", salt: str = "") -> int:
+    def match(self, token_ids: Sequence[int], *, lora: bytes = b"", salt: str = "", tenant: str | None = None) -> int:
         """Leading tokens whose blocks can be loaded now: a multiple of the block size. Waits at most ``lookup_seconds``."""
-        question, count = self._ask(token_ids, lora, salt)
+        question, count = self._ask(token_ids, self._prefix(lora, salt, tenant))
         question.close(count)
         return count * self._block_size
 
-    def load(self, token_ids: Sequence[int], blocks: Any, *, lora: bytes = b"", salt: str = "") -> int:
+    def load(
+        self, token_ids: Sequence[int], blocks: Any, *, lora: bytes = b"", salt: str = "", tenant: str | None = None
+    ) -> int:
         """Fill ``blocks`` from the front with the blocks of ``token_ids``.
 
         blocks: numpy array or torch tensor in host memory; C-contiguous rows along axis 0, one per block, each of
@@ -55,7 +65,7 @@ class Cache:
         Returns the leading tokens whose blocks are there and verified. Rows behind them are undefined. Raises ValueError
         for an array of another shape.
         """
-        question, count = self._ask(token_ids, lora, salt)
+        question, count = self._ask(token_ids, self._prefix(lora, salt, tenant))
         question.close(count)
         rows, _owner = self._rows(blocks)
         count = min(count, len(rows))
@@ -67,7 +77,9 @@ class Cache:
         failed = np.flatnonzero(completion.statuses)
         return (int(failed[0]) if len(failed) else count) * self._block_size
 
-    def save(self, token_ids: Sequence[int], blocks: Any, *, lora: bytes = b"", salt: str = "") -> int:
+    def save(
+        self, token_ids: Sequence[int], blocks: Any, *, lora: bytes = b"", salt: str = "", tenant: str | None = None
+    ) -> int:
         """Save the full blocks of ``token_ids`` (``blocks`` as in `load`). Returns how many were new to the node.
 
         Waits until ``blocks`` may be overwritten.
@@ -75,7 +87,7 @@ class Cache:
         hashes = keys.chain(token_ids, self._block_size)
         rows, _owner = self._rows(blocks)
         count = min(len(hashes), len(rows))
-        prefix = keys.prefix(self._family, keys.variant(lora, salt))
+        prefix = self._prefix(lora, salt, tenant)
         sources = Targets(rows[:count].reshape(-1, 1), np.array([self._block_bytes], np.uint64))
         job = self._mover.save([prefix + block_hash for block_hash in hashes[:count]], sources)
         if not job.wait(SAVE_SECONDS):
@@ -86,6 +98,15 @@ class Cache:
     def wait_warm(self, timeout: float) -> WarmState:
         """Wait until this namespace's warm plan is done, at most ``timeout`` seconds. Raises Unavailable."""
         return self._session.warm(self._family, timeout)
+
+    def purge(self, *, tenant: str = "", family: bytes = b"", prefix: bytes = b"", destroy_key: bool = False) -> Purged:
+        """Erase blocks from every tier of every node: those of a tenant, of a namespace's family, or whose keys begin so.
+
+        destroy_key: the tenant's key too. Returns what each node gave up; ``silent`` and ``faults`` of nodes are empty when
+        nothing of it is left. What is in arrays of yours is yours. Raises ValueError (not exactly one scope), Unavailable.
+        """
+        ask = partial(Purge, scope=PurgeScope(tenant, family, prefix), destroy_key=destroy_key)
+        return purged(self._session.call(ask, PURGE_SECONDS))
 
     def close(self) -> None:
         """Detach from the node; idempotent. What was saved stays with the node."""
@@ -98,9 +119,16 @@ class Cache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, token_ids: Sequence[int], lora: bytes, salt: str) -> tuple[Question, int]:
+    def _prefix(self, lora: bytes, salt: str, tenant: str | None) -> bytes:
+        """What the keys of these blocks begin with."""
+        tag = keys.tenant_tag(self._settings.tenant) if tenant is None else tag_of(tenant)
+        if tag is None:
+            raise ValueError(f"a tenant cannot be {tenant!r}: {NAME_REMEDY}")
+        return keys.prefix(self._family, keys.variant(lora, salt), tenant=tag)
+
+    def _ask(self, token_ids: Sequence[int], prefix: bytes) -> tuple[Question, int]:
         hashes = keys.chain(token_ids, self._block_size)
-        question = self._session.ask(keys.prefix(self._family, keys.variant(lora, salt)), hashes)
+        question = self._session.ask(prefix, hashes)
         pause = threading.Event()
         while (count := question.available(0)) is None:
             pause.wait(0.0005)  # bounded: `available` answers by its deadline

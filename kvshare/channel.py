@@ -23,23 +23,28 @@ from kvshare.errors import ProtocolError, Unavailable
 from kvshare.messages import (
     Attached,
     Done,
+    Drained,
     Dropped,
+    Fetching,
     Indexed,
     Located,
     Message,
     NodeStatus,
     PeerLost,
+    Purged,
     Refused,
     Reserved,
     ToSession,
     Warm,
+    Withdraw,
 )
 
 OUTBOX_BYTES_MAX = 16 << 20
 _LENGTH = struct.Struct("<I")
 _RECEIVE_BYTES = 1 << 18
 
-Answer = Attached | Located | Reserved | Done | Refused | Warm | NodeStatus
+Pushed = Indexed | Dropped | PeerLost | Fetching | Withdraw
+Answer = Attached | Located | Reserved | Done | Refused | Warm | NodeStatus | Purged | Drained
 
 
 class Channel:
@@ -49,7 +54,7 @@ class Channel:
         self,
         path: str,
         bytes_max: int,
-        on_message: Callable[[Indexed | Dropped | PeerLost], None],
+        on_message: Callable[[Pushed], None],
         on_lost: Callable[[str], None],
         seconds: float = 1.0,
     ) -> None:
@@ -195,7 +200,7 @@ class Channel:
             with memoryview(inbox)[start + _LENGTH.size : end] as frame:
                 message = self._decoder.decode(frame)
             start = end
-            if isinstance(message, Indexed | Dropped | PeerLost):
+            if isinstance(message, Pushed):
                 self._on_message(message)
             else:
                 future = self._pending.pop(message.ask, None)

@@ -28,6 +28,7 @@ from kvshare.errors import ConfigError, KVShareError, RegionError, Unavailable
 log = logging.getLogger("kvshare")
 
 ANSWER_SECONDS = 5.0
+PURGE_SECONDS = 600.0  # an object store is rewritten segment by segment
 STOP_SECONDS = 30.0  # giving back a large arena takes a while
 RETRY_SECONDS = 0.2
 
@@ -67,7 +68,21 @@ def _parser() -> argparse.ArgumentParser:
     command("directory", _directory, "run the cluster's directory until it is stopped; prints its 'host:port'")
     status = command("status", _status, "say what this host's node holds and whom it serves")
     status.add_argument("--json", action="store_true", help="as JSON")
-    command("stop", _stop, "stop this host's node and give its memory back")
+    command("stop", _stop, "stop this host's node at once and give its memory back")
+    drain = command("drain", _drain, "hand over what only this host's node holds, then stop it; exit 0 when nothing was lost")
+    drain.add_argument("--timeout", type=float, metavar="SECONDS", help="take so long at most (default: drain_seconds)")
+    drain.add_argument("--keep-arena", action="store_true", help="leave the arena's files for the next node")
+    purge = command("purge", _purge, "erase blocks from every tier of every node; exit 0 when nothing of it is left")
+    scope = purge.add_mutually_exclusive_group(required=True)
+    scope.add_argument("--tenant", default="", metavar="NAME", help="all blocks of this tenant")
+    scope.add_argument("--family", default="", metavar="HEX", help="all blocks of one namespace, by its fingerprint")
+    scope.add_argument("--prefix", default="", metavar="HEX", help="all blocks whose keys begin so")
+    purge.add_argument("--destroy-key", action="store_true", help="with --tenant: its key too, so that backups cannot be read")
+    purge.add_argument("--yes", action="store_true", help="do not ask")
+    rotate = command(
+        "rotate-key", _rotate_key, "give a tenant a new key in 'keys_dir'; the old ones still open what they sealed"
+    )
+    rotate.add_argument("--tenant", required=True, metavar="NAME", help="whose; its blocks are sealed with the new key at once")
     warm = command("wait-warm", _wait_warm, "exit 0 when the engines' warm plans are done, 1 when they are not in time")
     warm.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="wait this long (default: 60)")
     command("check", _check, "verify this host's arena; exit 0 when all is well")
@@ -131,6 +146,9 @@ def _node(settings: Settings, options: argparse.Namespace) -> int:
                 node.start()
             log.info("kvshare: node %s listens at %s", settings.node_name, settings.socket_path)
             node.join()
+        if settings.drain_seconds and not node.join(0.0):
+            with _until_signalled():  # a second signal ends it at once
+                node.drain(settings.drain_seconds)
     finally:
         node.stop(unlink=not options.keep_arena)
     return 0
@@ -185,7 +203,8 @@ def _status(settings: Settings, options: argparse.Namespace) -> int:
     for name in ("node", "endpoint", "directory", "sessions"):
         print(f"{name:<12}{described[name] if described[name] != '' else '-'}")
     for region in status.node.regions:
-        print(f"{'region':<12}slots of {region.slot_bytes} bytes, at most {region.slots}, in {region.data_path}")
+        where = region.data_path or f"the folder of setting '{region.kind}_dir'"
+        print(f"{'region':<12}{region.kind}: slots of {region.slot_bytes} bytes, at most {region.slots}, in {where}")
     for engine in status.engines:
         print(f"{'engine':<12}{engine.node}, whose KV cache of {engine.regions[0].slots} blocks can be read where it lies")
     for where, way in sorted(status.paths.items()):
@@ -208,13 +227,78 @@ def _stop(settings: Settings, _options: argparse.Namespace) -> int:
         call(settings, Stop, ANSWER_SECONDS)
     except Unavailable as error:
         log.debug("kvshare: %s", error)  # a node that stops may close the connection before its answer is read
+    _wait_stopped(path)
+    print(f"stopped the node at {path}")
+    return 0
+
+
+def _drain(settings: Settings, options: argparse.Namespace) -> int:
+    from kvshare.messages import Drain, Drained
+    from kvshare.session import call
+
+    seconds = settings.drain_seconds if options.timeout is None else max(0.0, options.timeout)
+    ask = partial(Drain, seconds=seconds, keep_arena=options.keep_arena)
+    drained = call(settings, ask, seconds + ANSWER_SECONDS)
+    path = Path(settings.socket_path)
+    if not isinstance(drained, Drained):
+        raise Unavailable(f"the node at {path} answered {drained!r}")
+    _wait_stopped(path)
+    left = "left in the arena's files" if options.keep_arena else "lost"
+    print(
+        f"drained the node at {path} in {drained.seconds:.1f} s: {drained.moved} blocks moved to peers, {drained.kept} kept on "
+        f"disk or in the object store, {drained.lost} {left}"
+    )
+    return 0 if not drained.lost or options.keep_arena else 1
+
+
+def _wait_stopped(path: Path) -> None:
+    """Until the node of this socket has given back all. Raises Unavailable."""
     deadline = time.monotonic() + STOP_SECONDS
-    while _is_owned(lock):
+    while _is_owned(path.with_suffix(".lock")):
         if time.monotonic() > deadline:
             raise Unavailable(f"the node at {path} did not stop within {STOP_SECONDS:g} s: kill it, then run 'kvshare clean'")
         time.sleep(0.05)
-    print(f"stopped the node at {path}")
+
+
+def _purge(settings: Settings, options: argparse.Namespace) -> int:
+    from kvshare.messages import Purge
+    from kvshare.purge import PurgeScope, purged_report
+    from kvshare.session import call, purged
+
+    try:
+        scope = PurgeScope(options.tenant, bytes.fromhex(options.family), bytes.fromhex(options.prefix))
+    except ValueError as error:
+        raise ConfigError(f"this cannot be purged: {error}.") from error
+    if options.destroy_key and not options.tenant:
+        raise ConfigError("option '--destroy-key' cannot be without '--tenant': keys belong to tenants.")
+    if not options.yes and _answer(f"Erase all blocks of {scope} from every node? Type 'yes': ") != "yes":
+        print("nothing was purged")
+        return 1
+    done = purged(call(settings, partial(Purge, scope=scope, destroy_key=options.destroy_key), PURGE_SECONDS))
+    for line in purged_report(scope, done.nodes, done.silent):
+        print(line)
+    return 0 if not (done.silent or any(node.faults for node in done.nodes)) else 1
+
+
+def _rotate_key(settings: Settings, options: argparse.Namespace) -> int:
+    from kvshare.tenants import NAME_REMEDY, tag_of
+    from kvshare.vault import Vault
+
+    tag = tag_of(options.tenant)
+    if tag is None:
+        raise ConfigError(f"option '--tenant' cannot be {options.tenant!r}: {NAME_REMEDY}.")
+    if not settings.keys_dir:
+        raise ConfigError("setting 'keys_dir' cannot be '': name the folder that the nodes keep their tenants' keys in.")
+    print(f"key {Vault.open(settings.keys_dir).rotate(tag):016x} seals the blocks of tenant {options.tenant} from now on")
     return 0
+
+
+def _answer(question: str) -> str:
+    """What the user types; empty when nobody is there."""
+    try:
+        return input(question).strip()
+    except EOFError:
+        return ""
 
 
 def _is_owned(lock: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Union
 from kvshare.keys import Namespace
 from kvshare.messages import Message
 from kvshare.places import GroupPlan, Location, NodeDescription, Stored, WarmItem
+from kvshare.purge import NodePurge, PurgeScope
 
 # --- node -> directory ----------------------------------------------------------------------------------------------
 
@@ -26,7 +27,8 @@ class Join(Message, frozen=True):
 
 class Publish(Message, frozen=True):
     """What changed since sequence - 1. ``full``: forget what you had of me, this is all (sequence starts anew at it);
-    a long inventory comes as one full message and ordinary ones behind it."""
+    a long inventory comes as one full message and ordinary ones behind it. ``free_bytes``: room that is left for more, without
+    pushing anything out."""
 
     node: str
     epoch: int
@@ -34,6 +36,7 @@ class Publish(Message, frozen=True):
     full: bool
     stored: list[Stored]
     removed: list[bytes]
+    free_bytes: int
 
 
 class Find(Message, frozen=True):
@@ -74,6 +77,35 @@ class Hosted(Message, frozen=True):
     group: GroupPlan | None
 
 
+class Leave(Message, frozen=True):
+    """I am about to end: have what only I hold taken by others, within ``seconds``. Answered by `Left`. From now on I get no
+    plans and nothing to take, and nobody is sent to me for what others have as well."""
+
+    ask: int
+    seconds: float
+
+
+class Taken(Message, frozen=True):
+    """Answer to `Take`: what could be taken has been published before."""
+
+    ask: int
+
+
+class AskPurge(Message, frozen=True):
+    """Have all nodes give up what ``scope`` names; ``destroy_key``: and the tenant's key. Answered by `PurgeDone`."""
+
+    ask: int
+    scope: PurgeScope
+    destroy_key: bool
+
+
+class Erased(Message, frozen=True):
+    """Answer to `Erase`: done, after the last `Publish` of it."""
+
+    number: int
+    result: NodePurge
+
+
 class Beat(Message, frozen=True):
     """I am alive."""
 
@@ -84,17 +116,35 @@ class AskDirectory(Message, frozen=True):
     ask: int
 
 
-ToDirectory = Union[Join, Publish, Find, Report, Declare, AskPlan, Hosted, Beat, AskDirectory]
+ToDirectory = Union[Join, Publish, Find, Report, Declare, AskPlan, Hosted, Leave, Taken, AskPurge, Erased, Beat, AskDirectory]
 
 
 # --- directory -> node ----------------------------------------------------------------------------------------------
 
 
+class Erase(Message, frozen=True):
+    """Give up what ``scope`` names, in memory and on disk, and with ``destroy_key`` the tenant's key. Answered by `Erased`."""
+
+    number: int  # of the purge, one for all nodes
+    scope: PurgeScope
+    destroy_key: bool
+
+
+class PurgeDone(Message, frozen=True):
+    """What each node gave up; ``silent``: nodes that have not answered. They are asked again when they join again."""
+
+    ask: int
+    nodes: list[NodePurge]
+    silent: list[str]
+
+
 class Welcome(Message, frozen=True):
-    """Answer to the first `Join`: who is here. The node then publishes everything."""
+    """Answer to the first `Join`: who is here, and the purges that this node missed. The node then publishes everything
+    else."""
 
     epoch: int  # of the directory
     nodes: list[NodeDescription]
+    purges: list[Erase]
 
 
 class NodeJoined(Message, frozen=True):
@@ -146,6 +196,24 @@ class Host(Message, frozen=True):
     items: list[WarmItem]
 
 
+class Take(Message, frozen=True):
+    """``items`` are held by nobody but a node that leaves: read them into your free room, pushing nothing out, within
+    ``seconds``. Answered by `Taken`, whatever came of it."""
+
+    ask: int
+    items: list[WarmItem]
+    seconds: float
+
+
+class Left(Message, frozen=True):
+    """Answer to `Leave`: no more will be taken. ``moved`` blocks were; ``hottest``: of all others that it holds, a bounded
+    number, hottest first. Which of them are elsewhere, `Find` tells: to a node that leaves, only places that stay."""
+
+    ask: int
+    moved: int
+    hottest: list[bytes]
+
+
 class DirectoryStatus(Message, frozen=True):
     ask: int
     epoch: int
@@ -154,4 +222,6 @@ class DirectoryStatus(Message, frozen=True):
     counters: dict[str, int]
 
 
-FromDirectory = Union[Welcome, NodeJoined, NodeLost, Resync, Found, Declared, Plan, Host, DirectoryStatus]
+FromDirectory = Union[
+    Welcome, Erase, PurgeDone, NodeJoined, NodeLost, Resync, Found, Declared, Plan, Host, Take, Left, DirectoryStatus
+]

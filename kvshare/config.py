@@ -26,6 +26,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PREFIX = "KVSHARE_"
 PACE_MIN = 10**6  # bytes/s: slower, what the kernel buffers takes longer than a peer waits for progress
 TRANSPORTS = ("shm", "process", "nixl", "tcp")
+LEAVE_SHARE = 1 / 4  # of `drain_seconds`: an engine that ends saves so long what it has queued, and its node waits for that
 ADMISSIONS = ("used", "all")
 # Set by the launcher, not settings: read by other modules under these names.
 RESERVED = frozenset({"KVSHARE_LOG_LEVEL"})
@@ -71,6 +72,7 @@ class Settings:
     object_url: str = ""  # "s3://bucket/prefix" or "file:///folder", shared by the cluster; credentials from AWS_* variables
     object_segment_bytes: int = 32 * MIB  # blocks are packed into objects of this size
     object_seconds: float = 10.0  # as disk_seconds, of one request to the store
+    object_region: str = ""  # where the store stands, as `region`; tenants that are bound to others keep nothing there
     drain_seconds: float = 20.0  # a node that leaves hands over what only it holds, for so long at most
 
     # Governance. Whoever answers for the data sets these.
@@ -143,9 +145,9 @@ class Settings:
         return str(Path(self.shm_dir) / f"kvshare-{os.getuid()}-{self.cluster}@{self.node_name}")
 
     def _validate(self) -> None:
-        for name in ("cluster", "node_name", "tenant", "region"):
+        for name in ("cluster", "node_name", "tenant", "region", "object_region"):
             value = getattr(self, name)
-            may_be_empty = name in ("tenant", "region")
+            may_be_empty = name in ("tenant", "region", "object_region")
             _require(
                 re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value) is not None or (may_be_empty and not value),
                 name,
@@ -182,7 +184,9 @@ class Settings:
         for field in dataclasses.fields(self):
             if field.name.endswith("_seconds"):
                 value = getattr(self, field.name)
-                positive = value > 0 or (value == 0 and field.name in ("warm_seconds", "idle_exit_seconds", "publish_seconds", "drain_seconds"))
+                positive = value > 0 or (
+                    value == 0 and field.name in ("warm_seconds", "idle_exit_seconds", "publish_seconds", "drain_seconds")
+                )
                 _require(positive and value < 1e9, field.name, value, "use a positive number of seconds")
         for transport in self.transports:
             _require(transport in TRANSPORTS, "transports", transport, f"use some of {', '.join(TRANSPORTS)}")

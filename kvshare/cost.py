@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare.loading import LoadPlan, Measured, Offer, Source
+from kvshare.places import DISK
 
 F64 = npt.NDArray[np.float64]
 
@@ -148,7 +149,8 @@ def choose(chain: Sequence[Sequence[Candidate]], rates: Rates, now: float) -> li
             continue
         values = [known.get(candidate.source, average) for candidate in candidates]
         good = [i for i, value in enumerate(values) if value >= ALIKE * max(values)]
-        best = min(good, key=lambda i: (candidates[i] != current, not candidates[i].near, i))
+        # Memory before disk: reading it disturbs nobody.
+        best = min(good, key=lambda i: (candidates[i].source[1] == DISK, candidates[i] != current, not candidates[i].near, i))
         current = candidates[best]
         chosen.append(best)
     return chosen
@@ -202,6 +204,10 @@ class Cost:
     def patience(self, blocks: int) -> float:
         """Seconds that may pass until the sources of so many blocks have been measured."""
         return max(WAIT_SECONDS_MIN, WAIT_SHARE * self._seconds(blocks))
+
+    def fetch_seconds(self, blocks: int) -> float:
+        """Seconds that so many blocks may take to be fetched from a slow tier; 0 while nothing has been measured."""
+        return CLEARLY * self._seconds(blocks)
 
     def worth(self, offer: Offer, loads: Iterable[LoadPlan], now: float) -> int:
         """How many of the leading blocks of ``offer`` to pull while ``loads`` are under way; the others are computed."""

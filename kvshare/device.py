@@ -14,7 +14,7 @@ registered for the others. Generations mean what they mean everywhere (`kvshare.
 They only grow, and begin above the time at which the table was made. No checksums: vLLM writes the blocks, and a reader finds
 before and after its copy the generation that it was told, or has a miss.
 
-Threads: transitions come from one thread of one process. Questions from any.
+Threads: transitions come from one process, one at a time. Questions from any.
 """
 
 from __future__ import annotations

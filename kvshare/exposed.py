@@ -10,14 +10,18 @@ Threads: all on the node's loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvshare import device
+from kvshare.cluster_messages import Find
+from kvshare.errors import Unavailable
 from kvshare.link import DirectoryLink
 from kvshare.messages import Expose, Shown
-from kvshare.places import DEVICE, Location, NodeDescription, RegionDescription, Stored
+from kvshare.places import DEVICE, Location, NodeDescription, RegionDescription, Stored, located
+from kvshare.purge import Matches
 from kvshare.region import generation_now
 
 if TYPE_CHECKING:
@@ -35,6 +39,7 @@ class Exposed:
         self._offer = offer
         self._epoch = generation_now()
         self._blocks: dict[bytes, Stored] = {}
+        self._purged: dict[bytes, int] = {}  # key -> generation that it had here
         self._link: DirectoryLink | None = None
         self._linking: asyncio.Task[None] | None = None
 
@@ -48,7 +53,7 @@ class Exposed:
             self._linking = asyncio.get_running_loop().create_task(self._link.run())
 
     def describe(self) -> NodeDescription:
-        return NodeDescription(self.name, self._epoch, self._node.host, "", (self.region,))
+        return NodeDescription(self.name, self._epoch, self._node.host, "", (self.region,), self._node.settings.region)
 
     @property
     def region(self) -> RegionDescription:
@@ -59,14 +64,40 @@ class Exposed:
     def show(self, shown: Shown) -> None:
         """What changed in the engine's cache."""
         gone = [key for key in shown.gone if self._blocks.pop(key, None) is not None]
-        for block in shown.stored:
+        for key in shown.gone:
+            self._purged.pop(key, None)
+        told = [self._node.memory.with_end(block) for block in shown.stored if self._may_be_told(block)]
+        for block in told:
             self._blocks[block.key] = block
+            self._purged.pop(block.key, None)  # it has been computed anew
         if self._link is not None:
-            self._link.changed(shown.stored, gone)
+            self._link.changed(told, gone)
+
+    def purge(self, matches: Matches) -> list[Stored]:
+        """No longer tell of these, and never again as long as they are what they are. Returns them."""
+        gone = [block for key, block in self._blocks.items() if matches(key)]
+        for block in gone:
+            del self._blocks[block.key]
+            self._purged[block.key] = block.generation
+        if self._link is not None and gone:
+            self._link.changed([], [block.key for block in gone])
+        return gone
+
+    async def settle(self, seconds: float) -> None:
+        """Return when the directory knows what has changed, or can't be told."""
+        if self._link is not None and self._link.connected:
+            self._link.flush()
+            with contextlib.suppress(Unavailable):
+                await self._link.ask(lambda ask: Find(ask, []), seconds)  # answered in order
+
+    def _may_be_told(self, block: Stored) -> bool:
+        """Peers read an engine's memory without asking anybody, so they hear of nothing whose tenant is bound to regions."""
+        gate = self._node.gate
+        return not (gate.is_bound(block.key) or gate.bars(block.key) or self._purged.get(block.key) == block.generation)
 
     def lookup(self, key: bytes) -> Location | None:
         block = self._blocks.get(key)
-        return None if block is None else Location(self.name, block.region, block.slot, block.generation, block.length)
+        return None if block is None else located(self.name, block)
 
     def __len__(self) -> int:
         return len(self._blocks)

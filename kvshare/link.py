@@ -20,17 +20,21 @@ from kvshare import wire
 from kvshare.cluster_messages import (
     Beat,
     Declared,
+    Erase,
     Found,
     FromDirectory,
     Host,
     Hosted,
     Join,
+    Left,
     NodeJoined,
     NodeLost,
     Plan,
     Publish,
+    PurgeDone,
     Report,
     Resync,
+    Take,
     Welcome,
 )
 from kvshare.config import Settings
@@ -49,7 +53,8 @@ REPORT_KEYS_MAX = 65_536  # of hot chains waiting to be reported; beyond it the 
 
 class DirectoryLink:
     """See the module's docstring. ``inventory`` yields all that the node holds, for a full publish. ``host`` begins to give
-    blocks to a group, or returns None; without it this node is no donor of groups."""
+    blocks to a group, or returns None; without it this node is no donor of groups. ``room``: bytes free for more; ``on_take``
+    begins to take blocks of a node that leaves, ``on_erase`` a purge; they answer by `answer`."""
 
     def __init__(
         self,
@@ -60,6 +65,9 @@ class DirectoryLink:
         on_joined: Callable[[NodeDescription], None],
         on_lost: Callable[[str], None],
         host: Callable[[Host], GroupPlan | None] | None = None,
+        room: Callable[[], int] = lambda: 0,
+        on_take: Callable[[Take], None] = lambda _: None,
+        on_erase: Callable[[Erase], None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._resolve = resolve
@@ -68,6 +76,9 @@ class DirectoryLink:
         self._on_joined = on_joined
         self._on_lost = on_lost
         self._host = host
+        self._room = room
+        self._on_take = on_take
+        self._on_erase = on_erase
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromDirectory)
         self._writer: asyncio.StreamWriter | None = None
@@ -127,6 +138,17 @@ class DirectoryLink:
             self._chain_keys += len(chain)
             self._arm()
 
+    def answer(self, message: Message) -> None:
+        """Tell the directory this, and before it all that has changed."""
+        self.flush()
+        self._send(message)
+
+    def flush(self) -> None:
+        """Tell the directory now what has changed."""
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush()
+
     def described(self) -> None:
         """Our description changed (a new region)."""
         if self._writer is not None:
@@ -168,8 +190,10 @@ class DirectoryLink:
 
     def _handle(self, message: Any) -> None:
         match message:
-            case Welcome(nodes=nodes):
+            case Welcome(nodes=nodes, purges=purges):
                 self.counters["joins"] += 1
+                for erase in purges:
+                    self._on_erase(erase)  # before we publish: what it bars is not told
                 for gone in self._nodes - {node.node for node in nodes}:
                     self._on_lost(gone)
                 self._nodes = {node.node for node in nodes}
@@ -183,12 +207,16 @@ class DirectoryLink:
             case NodeLost(node=name):
                 self._nodes.discard(name)
                 self._on_lost(name)
+            case Erase():
+                self._on_erase(message)
             case Resync():
                 self.counters["resyncs"] += 1
                 self._publish_all()
             case Host():
                 self._send(Hosted(message.ask, None if self._host is None else self._host(message)))
-            case Found() | Declared() | Plan():
+            case Take():
+                self._on_take(message)
+            case Found() | Declared() | Plan() | PurgeDone() | Left():
                 future = self._pending.get(message.ask)
                 if future is not None and not future.done():
                     future.set_result(message)
@@ -211,7 +239,7 @@ class DirectoryLink:
         self._sequence += 1
         self.counters["publishes"] += 1
         description = self._describe()
-        self._send(Publish(description.node, description.epoch, self._sequence, full, stored, removed))
+        self._send(Publish(description.node, description.epoch, self._sequence, full, stored, removed, self._room()))
 
     def _arm(self) -> None:
         if self._flush_timer is None:

@@ -19,8 +19,9 @@ import msgspec
 
 from kvshare.keys import Namespace
 from kvshare.places import Location, NodeDescription, ProcessMemory, RegionDescription, Stored
+from kvshare.purge import NodePurge, PurgeScope
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Message(msgspec.Struct, tag=True, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -45,12 +46,14 @@ class Attach(Message, frozen=True):
 
 
 class Locate(Message, frozen=True):
-    """Where are these keys? Answered by `Located` in the same order; up to ``patience_seconds`` later if a source has to be
-    measured."""
+    """Where are these keys, a chain in order? Answered by `Located` in the same order; up to ``patience_seconds`` later if a
+    source has to be measured, and up to ``fetch_seconds`` later (said by `Fetching`) if some have to be fetched from disk or
+    object store: what that may take to be worth it, 0 where nobody knows."""
 
     ask: int
     keys: list[bytes]
     patience_seconds: float
+    fetch_seconds: float
 
 
 class Reserve(Message, frozen=True):
@@ -110,10 +113,28 @@ class AskStatus(Message, frozen=True):
     ask: int
 
 
-class Stop(Message, frozen=True):
-    """End the node in good order."""
+class Purge(Message, frozen=True):
+    """Have every node of the cluster give up what ``scope`` names, and with ``destroy_key`` the tenant's key. Answered by
+    `Purged`."""
 
     ask: int
+    scope: PurgeScope
+    destroy_key: bool
+
+
+class Stop(Message, frozen=True):
+    """End the node in good order, at once: what only its memory holds is given up."""
+
+    ask: int
+
+
+class Drain(Message, frozen=True):
+    """Hand over what only this node holds, within ``seconds``, then end in good order. ``keep_arena``: leave its files to the
+    next node of this name. Answered by `Drained` when all is handed over."""
+
+    ask: int
+    seconds: float
+    keep_arena: bool
 
 
 class Expose(Message, frozen=True):
@@ -134,7 +155,9 @@ class Shown(Message, frozen=True):
     gone: list[bytes]
 
 
-ToNode = Union[Attach, Locate, Reserve, Commit, Abort, Quarantine, Looked, AskWarm, AskStatus, Stop, Expose, Shown]
+ToNode = Union[
+    Attach, Locate, Reserve, Commit, Abort, Quarantine, Looked, AskWarm, AskStatus, Purge, Stop, Drain, Expose, Shown
+]
 
 
 # --- node -> session ------------------------------------------------------------------------------------------------
@@ -157,6 +180,13 @@ class Located(Message, frozen=True):
     locations: list[Location | None]
     peers: list[RegionDescription]
     rates: list[float]
+
+
+class Fetching(Message, frozen=True):
+    """The answer to ``ask`` takes up to ``seconds`` from now: blocks are being fetched from disk or object store."""
+
+    ask: int
+    seconds: float
 
 
 class Reserved(Message, frozen=True):
@@ -194,6 +224,25 @@ class Warm(Message, frozen=True):
     donors: dict[str, int]  # node -> blocks pulled from it
 
 
+class Purged(Message, frozen=True):
+    """What each node gave up. ``silent``: sentences, one for each node (or the directory) that did not answer; empty: nothing
+    of it is left."""
+
+    ask: int
+    nodes: list[NodePurge]
+    silent: list[str]
+
+
+class Drained(Message, frozen=True):
+    """Blocks of a node that leaves: ``moved`` to peers, ``kept`` on disk or in the object store, ``lost``: nowhere else."""
+
+    ask: int
+    moved: int
+    kept: int
+    lost: int
+    seconds: float
+
+
 class NodeStatus(Message, frozen=True):
     """``engines``: those whose KV caches are exposed here. ``paths``: "node kind" of regions -> how this node reads
     them."""
@@ -219,10 +268,31 @@ class Dropped(Message, frozen=True):
     keys: list[bytes]
 
 
+class Withdraw(Message, frozen=True):
+    """Pushed to an engine that exposes its KV cache: these were purged, nobody may read them there any more."""
+
+    keys: list[bytes]
+
+
 class PeerLost(Message, frozen=True):
     """Pushed: forget all locations of this node."""
 
     node: str
 
 
-ToSession = Union[Attached, Located, Reserved, Done, Refused, Warm, NodeStatus, Indexed, Dropped, PeerLost]
+ToSession = Union[
+    Attached,
+    Located,
+    Fetching,
+    Reserved,
+    Done,
+    Refused,
+    Warm,
+    NodeStatus,
+    Purged,
+    Drained,
+    Indexed,
+    Dropped,
+    Withdraw,
+    PeerLost,
+]

@@ -16,22 +16,29 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import IO
 
 from kvshare import keys
+from kvshare.cluster_messages import Host
 from kvshare.config import Settings
 from kvshare.cost import Rates
 from kvshare.errors import ConfigError, KVShareError
 from kvshare.exposed import Exposed
+from kvshare.gate import Gate
+from kvshare.handover import Handover
 from kvshare.link import DirectoryLink
 from kvshare.memory import Memory
-from kvshare.messages import Expose, NodeStatus, PeerLost
+from kvshare.messages import Drained, Expose, NodeStatus, PeerLost, Purge, Purged
 from kvshare.node_session import NodeSession
-from kvshare.places import Location, NodeDescription, RegionDescription, Stored
+from kvshare.places import GroupPlan, Location, NodeDescription, RegionDescription, Stored
 from kvshare.probe import Prober
+from kvshare.purge import PurgeScope
+from kvshare.purging import Purger
 from kvshare.region import generation_now
+from kvshare.tenants import Tenants
 from kvshare.transport.choose import Transports, host_id
 from kvshare.warm import Warmer
 from kvshare.warm_group import Groups
@@ -93,6 +100,20 @@ class Node:
         self._request_stop()
         self._ended.wait(STOP_SECONDS)
 
+    def drain(self, seconds: float, to_peers: bool = True) -> Drained | None:
+        """Hand over what only this node holds: to peers (unless not ``to_peers``), disk and object store. Returns what came of
+        it, in not much more than ``seconds``; None when the node ended meanwhile. Nothing is saved here any more: `stop` it."""
+        drain = self._handed_over(seconds, to_peers)
+        try:
+            handed_over = asyncio.run_coroutine_threadsafe(drain, self._loop)
+        except RuntimeError:  # the loop is closed: it has ended
+            drain.close()
+            return None
+        try:
+            return handed_over.result(seconds + STOP_SECONDS)
+        except (CancelledError, TimeoutError):
+            return None
+
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the end, whoever asked for it. True when the node has ended."""
         return self._ended.wait(timeout)
@@ -100,6 +121,11 @@ class Node:
     def status(self) -> NodeStatus:
         """As a session would be answered."""
         return asyncio.run_coroutine_threadsafe(self._status(), self._loop).result(5.0)
+
+    def purge(self, scope: PurgeScope, destroy_key: bool = False) -> Purged:
+        """Erase it from every tier of every node, as a session's `Purge`; takes as long as rewriting the object store."""
+        purging = self.purger.ask(Purge(0, scope, destroy_key))
+        return asyncio.run_coroutine_threadsafe(purging, self._loop).result()
 
     @property
     def description(self) -> NodeDescription:
@@ -113,14 +139,16 @@ class Node:
 
     # --- on the loop --------------------------------------------------------------------------------------------------
 
-    def stop_soon(self) -> None:
+    def stop_soon(self, unlink: bool | None = None) -> None:
+        """End in good order. ``unlink``: as `stop`'s; None: as was said before."""
+        self._unlink = self._unlink if unlink is None else unlink
         if self._stopping is not None:
             self._stopping.set()
 
     def describe(self) -> NodeDescription:
         endpoint = self.transports.endpoint()
         regions = self.memory.describe(self.name, endpoint)
-        return NodeDescription(self.name, self._epoch, self.host, endpoint, regions)
+        return NodeDescription(self.name, self._epoch, self.host, endpoint, regions, self.settings.region)
 
     @property
     def name(self) -> str:
@@ -131,6 +159,7 @@ class Node:
         for store in self.memory.stores.values():
             for name, count in store.counters.items():
                 counters[name] = counters.get(name, 0) + count
+        counters |= self.memory.quota.counters() | self.memory.tiers.counters | self.purger.counters
         counters["exposed_blocks"] = sum(len(exposed) for exposed in self.exposed.values())
         counters.update({f"directory_{name}": count for name, count in self.link.counters.items()})
         engines = [exposed.describe() for exposed in self.exposed.values()]
@@ -139,7 +168,8 @@ class Node:
 
     def _paths(self) -> dict[str, str]:
         """How this node reads others' regions, and how fast that was."""
-        now, told = time.monotonic(), {}
+        now = time.monotonic()
+        told = self.memory.tiers.paths(self.prober.rates, now)
         for (node, kind), way in self.transports.paths().items():
             rate = self.prober.rates.rate((node, kind), now)
             told[f"{node} {kind}"] = f"{way}, {rate / 1e6:.0f} MB/s" if rate else way
@@ -147,6 +177,9 @@ class Node:
 
     def check(self) -> list[str]:
         return self.memory.check()
+
+    async def _handed_over(self, seconds: float, to_peers: bool) -> Drained:
+        return await self.handover.drain(seconds, to_peers)
 
     async def _status(self) -> NodeStatus:
         return self.status_for(0)
@@ -174,19 +207,30 @@ class Node:
     async def _main(self) -> None:
         settings = self.settings
         self._stopping = asyncio.Event()
+        tenants = Tenants.load(settings.tenants_file)
         self._take_lock()
-        self.transports = Transports(settings, self.host, serve=self.clustered)
-        self.memory = Memory(settings, self.transports, self.host, self._changed, self._described_anew)
+        self.gate = Gate(tenants, settings.region)
+        may_read = self.gate.may_go_to if self.gate.bound else None
+        self.transports = Transports(settings, self.host, self.clustered, may_read)
+        self.memory = Memory(
+            settings, self.transports, self.host, self._changed, self._published, self._described_anew, tenants
+        )
+        self.memory.gate = self.gate
+        self.purger = Purger(self)
         self._epoch = generation_now()  # grows with every start, whatever the arenas do
+        self.handover = Handover(self)
         self.groups = Groups(self.memory, settings)
         self.link = DirectoryLink(
             settings,
             self.resolve,
             self.describe,
-            self.memory.inventory,
+            self._inventory,
             self._peer_joined,
             self._peer_lost,
-            self.groups.host if self.groups.capable else None,
+            self._host if self.groups.capable else None,
+            lambda: self.memory.free_bytes,
+            self.handover.take,
+            on_erase=self.purger.begin,
         )
         warm_bytes = settings.warm_bytes if self.clustered else 0  # alone, there is nobody to pull from
         rates = Rates()
@@ -195,7 +239,8 @@ class Node:
         linking: asyncio.Task[None] | None = None
         server: asyncio.Server | None = None
         try:
-            await self.memory.recover()
+            await self.memory.open(rates)
+            await self.purger.enforce()
             path = Path(settings.socket_path)
             path.unlink(missing_ok=True)
             server = await asyncio.start_unix_server(self._accepted, str(path))
@@ -282,13 +327,24 @@ class Node:
 
     def _watch_idle(self) -> None:
         if self._idle_exit and not self.sessions and self._idle_timer is None:
-            self._idle_timer = self._loop.call_later(self.settings.idle_exit_seconds, self.stop_soon)
+            leave = self.handover.leave_soon
+            self._idle_timer = self._loop.call_later(self.settings.idle_exit_seconds, leave, self.settings.drain_seconds)
 
     def _changed(self, stored: list[Stored], removed: list[bytes]) -> None:
-        """The index changed: sessions hear at once, the directory in batches. Removals first: their slots may be reused."""
+        """The arena changed: sessions hear at once, the directory in batches. Removals first: their slots may be reused."""
         for session in self.sessions.values():
             session.push(stored, removed)
+
+    def _published(self, stored: list[Stored], removed: list[bytes]) -> None:
         self.link.changed(stored, removed)
+
+    def _host(self, question: Host) -> GroupPlan | None:
+        """What is given to a group is given to all of it: not what is not for everybody."""
+        bound = self.gate.bound and any(self.gate.is_bound(item.key) for item in question.items)
+        return None if bound else self.groups.host(question)
+
+    def _inventory(self) -> Iterator[Stored]:
+        return (block for block in self.memory.inventory() if not self.gate.bars(block.key))
 
     def _peer_joined(self, node: NodeDescription) -> None:
         if node.node == self.name:
@@ -308,7 +364,9 @@ class Node:
                 session.send(PeerLost(name))
 
     async def _shut_down(self, server: asyncio.Server | None, linking: asyncio.Task[None] | None) -> None:
+        await self.handover.close()
         await self.warmer.close()
+        await self.purger.close()
         self.prober.close()
         if linking is not None:
             linking.cancel()
@@ -320,6 +378,7 @@ class Node:
         for exposed in list(self.exposed.values()):
             await exposed.close()
         await asyncio.sleep(0)
+        await self.memory.close_tiers()
         await asyncio.to_thread(self.groups.close)
         await asyncio.to_thread(self.transports.close)
         self.memory.close(self._unlink)

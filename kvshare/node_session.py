@@ -8,11 +8,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec.structs import replace
 
 from kvshare import keys, wire
-from kvshare.cluster_messages import Declare, Declared, Find, Found
-from kvshare.cost import Candidate, choose
+from kvshare.cluster_messages import Declare, Declared
 from kvshare.errors import ProtocolError, RegionError, Unavailable
+from kvshare.locating import DIRECTORY_SECONDS, Locating
 from kvshare.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -22,13 +23,14 @@ from kvshare.messages import (
     Attached,
     Commit,
     Done,
+    Drain,
     Dropped,
     Expose,
     Indexed,
     Locate,
-    Located,
     Looked,
     Message,
+    Purge,
     Quarantine,
     Refused,
     Reserve,
@@ -37,7 +39,7 @@ from kvshare.messages import (
     Stop,
     ToNode,
 )
-from kvshare.places import Location, RegionDescription, Stored
+from kvshare.places import Stored
 
 if TYPE_CHECKING:
     from kvshare.node import Node
@@ -46,7 +48,6 @@ log = logging.getLogger("kvshare")
 
 OUTBOX_BYTES_MAX = 64 << 20  # a session that does not read is dropped; it attaches anew and gets the whole index
 PUSH_BLOCKS_MAX = 4096
-DIRECTORY_SECONDS = 2.0  # the session gives up earlier by its own deadline
 WAIT_SECONDS_MAX = 3600.0
 
 
@@ -64,6 +65,7 @@ class NodeSession:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToNode)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._locating = Locating(node, self)
 
     async def serve(self) -> None:
         """Until the other side closes. Raises ProtocolError for what is no message of ours."""
@@ -106,15 +108,18 @@ class NodeSession:
         memory = self._node.memory
         match message:
             case Locate():
-                self._locate(message)
+                self._locating.locate(message)
             case Reserve(ask=ask, region=region, keys=wanted, length=length):
                 store = memory.stores.get(region)
                 if store is None or length > region:
                     self.send(Refused(ask, f"this node has no region {region} for blocks of {length} bytes: attach again"))
                     return
+                if self._node.handover.closed:
+                    self.send(Reserved(ask, [-1] * len(wanted), [0] * len(wanted)))
+                    return
                 if store.free_slots < len(wanted):
                     await memory.grown(region)  # rather than evict what may be the head of the same chain
-                pairs = store.reserve(wanted, length, self.number, time.monotonic())
+                pairs = store.reserve(wanted, length, self.number, time.monotonic(), memory.ends.of(wanted))
                 # Before the answer: its slots may have been others' a moment ago.
                 memory.flush(region)
                 self.send(Reserved(ask, [slot for slot, _ in pairs], [generation for _, generation in pairs]))
@@ -141,9 +146,14 @@ class NodeSession:
                 if self.number in self._node.exposed:
                     self._node.exposed[self.number].show(message)
             case AskWarm(ask=ask, family=family, wait_seconds=seconds):
-                self._later(self._warm(ask, family, min(seconds, WAIT_SECONDS_MAX)))
+                self.later(self._warm(ask, family, min(seconds, WAIT_SECONDS_MAX)))
             case AskStatus(ask=ask):
                 self.send(self._node.status_for(ask))
+            case Purge():
+                self.later(self._purge(message))
+            case Drain(ask=ask, seconds=seconds, keep_arena=keep_arena):
+                limit = min(seconds, WAIT_SECONDS_MAX)
+                self._node.handover.leave_soon(limit, keep_arena, lambda drained: self.send(replace(drained, ask=ask)))
             case Stop(ask=ask):
                 self.send(Done(ask, 1))
                 self._node.stop_soon()
@@ -186,91 +196,20 @@ class NodeSession:
             return []
         return [_differs(namespace, other) for other in list(others.values())[:3]]
 
-    def _locate(self, message: Locate) -> None:
-        node = self._node
-        found: list[list[Location]] = []
-        missing = []
-        for i, key in enumerate(message.keys):
-            found.append([])
-            for store in node.memory.stores.values():
-                block = store.lookup([key])[0]
-                if block is not None:
-                    found[i].append(Location(node.name, block.region, block.slot, block.generation, block.length))
-                    break
-            else:
-                exposed = node.exposed_block(key, self.number)
-                if exposed is not None:
-                    found[i].append(exposed)
-                else:
-                    missing.append(i)
-        if missing and node.link.connected:
-            self._later(self._locate_far(message, found, missing))
-        else:
-            self._settle(message, found)
-
-    async def _locate_far(self, message: Locate, found: list[list[Location]], missing: list[int]) -> None:
-        try:
-            wanted = [message.keys[i] for i in missing]
-            answer = await self._node.link.ask(lambda ask: Find(ask, wanted), DIRECTORY_SECONDS)
-            if isinstance(answer, Found):
-                regions = {(place.node, place.region): place for places in answer.locations for place in places}
-                reached = {where for where, place in regions.items() if self._reachable(place)}
-                for i, places in zip(missing, answer.locations, strict=False):
-                    found[i] = [place for place in places if (place.node, place.region) in reached]
-        except Unavailable as error:
-            log.debug("kvshare: %s", error)
-        self._settle(message, found)
-
-    def _reachable(self, location: Location) -> bool:
-        peer = self._node.region_of(location)
-        own = self._node.exposed.get(self.number)  # what its engine has, its engine finds itself
-        return peer is not None and (own is None or own.name != location.node) and self._node.transports.reaches(peer)
-
-    def _settle(self, message: Locate, found: list[list[Location]]) -> None:
-        """Answer, or have unmeasured sources measured and answer then; in any case before the asker's patience ends."""
-        name = self._node.name
-        peers = (
-            (key, place) for key, places in zip(message.keys, found, strict=True) for place in places if place.node != name
-        )
-        probes = self._node.prober.start(peers, self._node.region_of) if message.patience_seconds > 0 else []
-        if probes:
-            self._later(self._settle_later(message, found, probes))
-        else:
-            self._answer(message.ask, found)
-
-    async def _settle_later(self, message: Locate, found: list[list[Location]], probes: list[asyncio.Task[None]]) -> None:
-        await asyncio.wait(probes, timeout=min(message.patience_seconds, DIRECTORY_SECONDS))
-        self._answer(message.ask, found)
-
-    def _answer(self, ask: int, found: list[list[Location]]) -> None:
-        node, now = self._node, time.monotonic()
-        regions: dict[tuple[str, int], RegionDescription] = {}
-        candidates: dict[tuple[str, int], Candidate] = {}
-        for place in (place for places in found for place in places):
-            where = (place.node, place.region)
-            if where not in candidates:
-                region = node.region_of(place)
-                if region is not None:
-                    regions[where] = region
-                    candidates[where] = Candidate((region.node, region.kind), region.region, region.host_id == node.host)
-        usable = [[place for place in places if (place.node, place.region) in candidates] for places in found]
-        chain = [[candidates[place.node, place.region] for place in places] for places in usable]
-        chosen = choose(chain, node.prober.rates, now)
-        locations = [places[i] if i >= 0 else None for places, i in zip(usable, chosen, strict=True)]
-        named = dict.fromkeys((place.node, place.region) for place in locations if place is not None)
-        peers = [regions[where] for where in named]
-        rates = [node.prober.rates.rate(candidates[where].source, now) for where in named]
-        self.send(Located(ask, locations, peers, rates))
-
     def _looked(self, chain: list[bytes], hits: int) -> None:
         for store in self._node.memory.stores.values():
-            store.touch(chain[:hits])
+            store.touch(chain[:hits], chain[hits:])
+        self._node.memory.tiers.used(chain[:hits])
         self._node.link.looked(chain)
 
     async def _warm(self, ask: int, family: bytes, seconds: float) -> None:
         self.send(await self._node.warmer.wait(ask, family, seconds))
 
-    def _later(self, work: Any) -> None:
+    async def _purge(self, message: Purge) -> None:
+        self.send(await self._node.purger.ask(message))
+
+    def later(self, work: Any) -> None:
+        """Do this as long as the session lives."""
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -21,9 +21,10 @@ class Location(msgspec.Struct, frozen=True, array_like=True):
     slot: int
     generation: int
     length: int  # bytes
+    expires: int = 0  # second since 2020 from which on nobody may read it; 0: no end. A copy of it ends then at the latest
 
 
-class Stored(msgspec.Struct, frozen=True, array_like=True):
+class Stored(msgspec.Struct, frozen=True, array_like=True, gc=False):  # nodes hold millions, the collector need not look
     """A block that its node holds: `Location` without the node, which the message around it names."""
 
     key: bytes
@@ -31,6 +32,12 @@ class Stored(msgspec.Struct, frozen=True, array_like=True):
     slot: int
     generation: int
     length: int
+    expires: int = 0
+
+
+def located(node: str, block: Stored) -> Location:
+    """Where ``node`` holds that block."""
+    return Location(node, block.region, block.slot, block.generation, block.length, block.expires)
 
 
 class ProcessMemory(msgspec.Struct, frozen=True, array_like=True):
@@ -57,7 +64,7 @@ class ProcessMemory(msgspec.Struct, frozen=True, array_like=True):
     metadata: bytes = b""
 
 
-HOST, DEVICE = "host", "device"  # kinds of regions
+HOST, DEVICE, DISK = "host", "device", "disk"  # kinds of regions
 
 
 class RegionDescription(msgspec.Struct, frozen=True, array_like=True):
@@ -88,11 +95,16 @@ class NodeDescription(msgspec.Struct, frozen=True, array_like=True):
     host_id: str
     endpoint: str  # of its data server; empty: cannot be reached from other hosts
     regions: tuple[RegionDescription, ...]
+    label: str = ""  # where it stands (setting 'region'): tenants may be bound to such regions
 
     @property
     def is_engine(self) -> bool:
         """Is this an engine's KV cache, which its host's node exposes, rather than a node?"""
         return any(region.kind == DEVICE for region in self.regions)
+
+    def kind_of(self, region: int) -> str:
+        """Of one of its regions; empty where it has no such region (any more)."""
+        return next((known.kind for known in self.regions if known.region == region), "")
 
     def may_be_read_from(self, host_id: str) -> bool:
         """Is there any way, as far as descriptions tell, from that host?"""

@@ -17,6 +17,7 @@ from kvshare.messages import Located, Looked, Message
 from kvshare.places import Location, RegionDescription
 
 LOOKED_KEYS_MAX = 4096  # of one request; hotness needs the head of a chain most
+FETCH_GRACE_SECONDS = 0.7  # beyond what fetching may take: until it is clear that it does not pay, and the answer's way
 
 
 class Mirror:
@@ -55,6 +56,14 @@ class Local(NamedTuple):
     generations: npt.NDArray[np.uint64]
 
 
+class Asked(NamedTuple):
+    """What our node is asked: see `kvshare.messages.Locate`."""
+
+    keys: list[bytes]
+    patience_seconds: float
+    fetch_seconds: float
+
+
 class Asker(Protocol):
     """What a question needs of its session."""
 
@@ -67,7 +76,7 @@ class Asker(Protocol):
 
     def still(self, local: Local) -> npt.NDArray[np.bool_]: ...
 
-    def locate(self, wanted: list[bytes], patience_seconds: float, answer: Callable[[Located | None], None]) -> bool: ...
+    def locate(self, asked: Asked, answer: Callable[[Located | None], None], fetching: Callable[[float], None]) -> bool: ...
 
     def send(self, message: Message) -> bool: ...
 
@@ -78,7 +87,14 @@ class Question:
     Threads: one asker; the answer arrives in the channel's thread and is handed over by a single assignment.
     """
 
-    def __init__(self, session: Asker, prefix: bytes, hashes: Sequence[bytes], patience_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        session: Asker,
+        prefix: bytes,
+        hashes: Sequence[bytes],
+        patience_seconds: float = 0.0,
+        fetch_seconds: float = 0.0,
+    ) -> None:
         self._session = session
         self._prefix = prefix
         self._hashes = hashes
@@ -88,6 +104,7 @@ class Question:
         self._waiting = False
         self._closed = False
         self._deadline = 0.0
+        self._fetch_seconds = 0.0  # by which the node may put the deadline off
         self._local = session.local(prefix, hashes)
         # Not validated yet: what was evicted a moment ago is a gap when it comes to `available`.
         missing = np.flatnonzero(self._local.slots < 0).tolist()
@@ -97,7 +114,9 @@ class Question:
             self._waiting = True
             # An answer that is late is no answer: half of the time is for its way.
             patience_seconds = min(patience_seconds, session.settings.lookup_seconds / 2)
-            if not session.locate(wanted, patience_seconds, lambda located: self._answered(missing, located)):
+            asked = Asked(wanted, patience_seconds, fetch_seconds * len(missing) / len(hashes))
+            self._fetch_seconds = (asked.fetch_seconds or session.settings.lookup_seconds) + FETCH_GRACE_SECONDS
+            if not session.locate(asked, lambda located: self._answered(missing, located), self._fetching):
                 self._waiting = False
 
     def available(self, start: int) -> int | None:
@@ -167,6 +186,10 @@ class Question:
             chain = [self._prefix + block_hash for block_hash in self._hashes[:LOOKED_KEYS_MAX]]
             if chain:
                 self._session.send(Looked(chain, min(hits, len(chain))))
+
+    def _fetching(self, seconds: float) -> None:
+        """Our node needs so much longer, since it fetches blocks from disk or object store."""
+        self._deadline += min(seconds, self._fetch_seconds)
 
     def _answered(self, missing: list[int], located: Located | None) -> None:
         if located is not None:

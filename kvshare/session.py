@@ -18,6 +18,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +26,7 @@ import numpy.typing as npt
 
 from kvshare import keys
 from kvshare.autostart import ensure_node
-from kvshare.channel import Answer, Channel
+from kvshare.channel import Answer, Channel, Pushed
 from kvshare.config import Settings
 from kvshare.errors import NamespaceError, RegionError, Unavailable
 from kvshare.messages import (
@@ -34,17 +35,20 @@ from kvshare.messages import (
     Attach,
     Attached,
     Dropped,
+    Fetching,
     Indexed,
     Locate,
     Located,
     Message,
     PeerLost,
+    Purged,
     Quarantine,
     Refused,
     Warm,
+    Withdraw,
 )
 from kvshare.places import NodeDescription, RegionDescription
-from kvshare.question import Local, Mirror, Question
+from kvshare.question import Asked, Local, Mirror, Question
 from kvshare.slots import Region
 
 log = logging.getLogger("kvshare")
@@ -83,8 +87,10 @@ class Session:
         self._node: NodeDescription | None = None
         self._description: RegionDescription | None = None
         self._index = Mirror()
+        self._fetching: dict[int, Callable[[float], None]] = {}  # by the number of what we asked
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self.on_withdraw: Callable[[list[bytes]], None] | None = None  # called in the channel's thread
         self.connections = 0  # so far: another number, another node, which must be told everything anew
 
     @classmethod
@@ -120,10 +126,13 @@ class Session:
     def node(self) -> NodeDescription | None:
         return self._node
 
-    def ask(self, prefix: bytes, hashes: Sequence[bytes], patience_seconds: float = 0.0) -> Question:
+    def ask(
+        self, prefix: bytes, hashes: Sequence[bytes], patience_seconds: float = 0.0, fetch_seconds: float = 0.0
+    ) -> Question:
         """Start a question about a chain of blocks. Never blocks; sends at most one message. ``patience_seconds``: so much
-        later may its answer be if a source has to be measured."""
-        return Question(self, prefix, hashes, patience_seconds)
+        later may its answer be if a source has to be measured. ``fetch_seconds``: if blocks have to be fetched from disk or
+        object store; what that may take for all of ``hashes`` to be worth it, 0: unknown, then ``lookup_seconds``."""
+        return Question(self, prefix, hashes, patience_seconds, fetch_seconds)
 
     def send(self, message: Message) -> bool:
         channel = self._channel
@@ -185,15 +194,25 @@ class Session:
         held[known] = region.generations(local.slots[known]) == local.generations[known]
         return held
 
-    def locate(self, wanted: list[bytes], patience_seconds: float, answer: Callable[[Located | None], None]) -> bool:
-        """Ask the node where ``wanted`` are; ``answer`` is called in another thread. False when there is no node."""
+    def locate(self, asked: Asked, answer: Callable[[Located | None], None], fetching: Callable[[float], None]) -> bool:
+        """Ask the node where blocks are; ``answer`` is called in another thread, and before it maybe ``fetching`` (seconds that
+        it takes longer). False when there is no node."""
         channel = self._channel
         if channel is None or not channel.alive:
             return False
-        future = channel.ask(lambda ask: Locate(ask, wanted, patience_seconds))
-        future.add_done_callback(
-            lambda done: answer(found if done.exception() is None and isinstance(found := done.result(), Located) else None)
-        )
+        numbers: list[int] = []
+
+        def made(ask: int) -> Locate:
+            numbers.append(ask)
+            self._fetching[ask] = fetching
+            return Locate(ask, *asked)
+
+        def answered(done: Future[Answer]) -> None:
+            for ask in numbers:
+                self._fetching.pop(ask, None)
+            answer(found if done.exception() is None and isinstance(found := done.result(), Located) else None)
+
+        channel.ask(made).add_done_callback(answered)
         return True
 
     @property
@@ -255,7 +274,16 @@ class Session:
             self.notices = list(answer.notices)
         threading.Thread(target=region.populate, name="kvshare-populate", daemon=True).start()
 
-    def _pushed(self, index: Mirror, message: Indexed | Dropped | PeerLost) -> None:
+    def _pushed(self, index: Mirror, message: Pushed) -> None:
+        if isinstance(message, Fetching):
+            fetching = self._fetching.get(message.ask)
+            if fetching is not None:
+                fetching(message.seconds)
+            return
+        if isinstance(message, Withdraw):
+            if self.on_withdraw is not None:
+                self.on_withdraw(message.keys)
+            return
         with self._lock:
             match message:
                 case Indexed(stored=stored):
@@ -300,6 +328,12 @@ def warm_state(answer: Answer) -> WarmState:
     return WarmState(
         answer.done, answer.wanted, answer.present, answer.pulled, answer.bytes_pulled, answer.seconds, dict(answer.donors)
     )
+
+
+def purged(answer: Answer) -> Purged:
+    if not isinstance(answer, Purged):
+        raise Unavailable(f"the node answered {answer!r}")
+    return answer
 
 
 def call(settings: Settings, make: Callable[[int], Message], seconds: float) -> Answer:

@@ -27,6 +27,7 @@ from kvshare.cost import Rates
 from kvshare.errors import KVShareError, Unavailable
 from kvshare.messages import Warm
 from kvshare.places import GroupPlan, Stored, WarmItem
+from kvshare.store import NO_SLOT
 from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Targets, Transfer
 from kvshare.warm_group import Groups, batch_blocks
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvshare")
 
 BATCH_BYTES = 16 << 20  # of one read: enough to fill a wire, small enough that a dead donor costs little
+TAKE_BYTES = 4 << 20  # of one read of a node that leaves: what has not arrived whole when the time is over is lost
 ROUNDS_MAX = 4
 DIRECTORY_SECONDS = 5.0
 OWNER = -1  # of our reservations in the store; sessions have numbers from 1
@@ -48,10 +50,12 @@ Read = Callable[[ReadRequest, npt.NDArray[np.int64]], Transfer]  # the second: w
 
 
 class WarmJob:
-    """The warm plan of one family on this node."""
+    """The warm plan of one family on this node; or what is taken of a node that leaves: then nothing is pushed out for it."""
 
-    def __init__(self, family: bytes) -> None:
+    def __init__(self, family: bytes, *, taking: bool = False) -> None:
         self.family = family
+        self.evicts = not taking
+        self.batch_bytes = TAKE_BYTES if taking else BATCH_BYTES
         self.done = asyncio.Event()
         self.wanted = self.present = self.pulled = self.bytes_pulled = 0
         self.donors: dict[str, int] = defaultdict(int)
@@ -103,6 +107,14 @@ class Warmer:
         task = asyncio.get_running_loop().create_task(self._run(job))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def take(self, items: list[WarmItem], seconds: float) -> None:
+        """Blocks of a node that leaves: into free room only, what comes within ``seconds``. Raises KVShareError, OSError."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._pull(WarmJob(b"", taking=True), items)
+        except TimeoutError:
+            pass  # the directory has others for the rest
 
     async def wait(self, ask: int, family: bytes, seconds: float) -> Warm:
         """State of one family's plan, or the sum over all (empty family), after at most ``seconds``."""
@@ -175,7 +187,7 @@ class Warmer:
         description = self._memory.peer(node, region)
         if description is None:
             return
-        step = max(1, BATCH_BYTES // region)
+        step = max(1, job.batch_bytes // region)
         for start in range(0, len(items), step):
             batch = items[start : start + step]
             completion = await self._pull_batch(
@@ -211,7 +223,9 @@ class Warmer:
         """Returns None when nothing was to be read, since all is here or there is no room; ``awaited``: read in any case."""
         length = items[0].location.length
         own, store = await self._memory.region_for(length)
-        reserved = await self._reserve(own, store, [item.key for item in items], length)
+        for item in items:
+            self._memory.ends.told(item.key, item.location.expires)
+        reserved = await self._reserve(own, store, [item.key for item in items], length, job.evicts)
         positions = np.array([i for i, (slot, _) in enumerate(reserved) if slot >= 0], np.int64)
         if not len(positions) and not awaited:
             return None
@@ -253,15 +267,18 @@ class Warmer:
         self._count(job, donor, stored, length)
         return completion
 
-    async def _reserve(self, own: Arena, store: Store, wanted: list[bytes], length: int) -> list[tuple[int, int]]:
+    async def _reserve(self, own: Arena, store: Store, wanted: list[bytes], length: int, evicts: bool) -> list[tuple[int, int]]:
         """As `Store.reserve`, piece by piece: only so much room is made ahead of need, and without room we would evict what we
-        have just pulled."""
+        have just pulled. Not ``evicts``: only what is free."""
         reserved: list[tuple[int, int]] = []
         step = max(1, BATCH_BYTES // own.slot_bytes)
         try:
             for start in range(0, len(wanted), step):
                 await self._memory.grown(own.region)
-                reserved += store.reserve(wanted[start : start + step], length, OWNER, time.monotonic())
+                piece = wanted[start : start + step]
+                room = len(piece) if evicts else min(len(piece), store.free_slots)
+                reserved += store.reserve(piece[:room], length, OWNER, time.monotonic(), self._memory.ends.of(piece[:room]))
+                reserved += [NO_SLOT] * (len(piece) - room)
                 self._memory.flush(own.region)
         except asyncio.CancelledError:
             taken = [(slot, generation) for slot, generation in reserved if slot >= 0]

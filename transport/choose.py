@@ -3,7 +3,7 @@
     Transports ──> shm      (a node's arena: same host, same user, same memory file system)
                ├─> process  (an engine's KV cache in host memory: same host, same user, same pid namespace)
                ├─> nixl     (GPU memory by CUDA IPC or RDMA; host memory of other hosts by RDMA)
-               └─> tcp      (everybody else's arena, who knows the secret)
+               └─> tcp      (everybody else's arena, who knows the secret, and their disks)
 
 Which one was chosen for a region is said once and kept for `paths`. NIXL is optional: where it is needed and cannot be used,
 that is said once, with the reason, and the others carry on. For host memory without RDMA it is passed over, since over plain
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from kvshare.device import DeviceTable
     from kvshare.places import ProcessMemory, RegionDescription
     from kvshare.slots import Region
+    from kvshare.transport.tcp_server import MayRead
+    from kvshare.transport.tcp_staged import Staged
 
 log = logging.getLogger("kvshare")
 
@@ -53,17 +55,18 @@ class Transports:
     """Hands each read to the first transport that reaches its region.
 
     host: `host_id` of this process. serve: listen for peers' reads (of a node; sessions only read). Without a secret
-    there is no tcp.
+    there is no tcp. may_read: may a block of this key be sent to a reader that stands in that region? None: any may.
 
     Raises:
         ConfigError: it cannot listen on ``settings.bind``.
     """
 
-    def __init__(self, settings: Settings, host: str, serve: bool = False) -> None:
+    def __init__(self, settings: Settings, host: str, serve: bool = False, may_read: MayRead | None = None) -> None:
         self._transports: list[Transport] = []
         self._chosen: dict[tuple[str, int], tuple[RegionDescription, Transport | None]] = {}  # by node and region
         self._lock = threading.Lock()
         self._nixl_missing_said = False
+        self._may_read = may_read
         self._nixl: NixlTransport | None = None
         self._nixl_for_hosts = settings.transports[0] == "nixl" or has_rdma()
         self._process = "process" in settings.transports
@@ -79,15 +82,24 @@ class Transports:
             elif settings.secret:
                 bind = settings.bind if serve else ""
                 pace = settings.tcp_bytes_per_second
-                self._transports.append(TcpTransport(settings.secret, bind, settings.tcp_streams, bytes_per_second=pace))
+                self._transports.append(
+                    TcpTransport(settings.secret, bind, settings.tcp_streams, 0, pace, settings.region, may_read)
+                )
 
     def register(self, region: Region) -> None:
         """Serve a region of which this process is the owner."""
         for transport in self._transports:
             if transport is not self._nixl:
                 transport.register(region)
-        if self._nixl is not None and self._nixl_for_hosts and self._nixl_works():
+        # Who reads by NIXL asks nobody: not where some tenants' blocks are not for all.
+        if self._nixl is not None and self._nixl_for_hosts and self._may_read is None and self._nixl_works():
             self._nixl.register(region)
+
+    def register_staged(self, source: Staged) -> None:
+        """Serve a region that is no memory, as a disk region, until we close: only tcp can."""
+        for transport in self._transports:
+            if isinstance(transport, TcpTransport):
+                transport.register_staged(source)
 
     def memory_of(self, region: Region) -> ProcessMemory | None:
         """How a registered region is addressed in this process, for its description; None when nobody reads it so."""

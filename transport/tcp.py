@@ -38,12 +38,13 @@ from kvshare.transport.tcp_protocol import (
     ReadBlocks,
     send,
 )
-from kvshare.transport.tcp_server import DataServer
+from kvshare.transport.tcp_server import DataServer, MayRead
 from kvshare.transport.workers import Workers
 
 if TYPE_CHECKING:
     from kvshare.places import RegionDescription
     from kvshare.slots import Region
+    from kvshare.transport.tcp_staged import Staged
 
 PART_BYTES_MIN = 4 << 20  # less is not worth a second stream
 THREADS_MAX = 128  # connections in use at once, over all peers
@@ -63,6 +64,7 @@ class _Read:
         self.parts: list[_BlocksPart] = []
         self.peer: Peer | None = None
         self._transport = transport
+        self.label = transport.label
         self._began = time.monotonic()
         self._ended = 0
         self._ok = 0
@@ -154,7 +156,9 @@ class _BlocksPart(Part):
     def _frame(self, start: int, stop: int) -> bytes:
         request = self._request
         slots, generations = request.slots[start:stop], request.generations[start:stop]
-        asked = ReadBlocks(self._region, self._length, self._portion_blocks, slots.tobytes(), generations.tobytes())
+        asked = ReadBlocks(
+            self._region, self._length, self._portion_blocks, slots.tobytes(), generations.tobytes(), self._read.label
+        )
         encoded = _encoder.encode(asked)
         return LENGTH.pack(len(encoded)) + encoded
 
@@ -187,6 +191,8 @@ class TcpTransport(Transport):
         streams: connections to one peer.
         port: to serve on; 0 takes a free one.
         bytes_per_second: what it sends over one connection at most; 0: without limit.
+        label: where we stand (setting 'region'), told to those that we read from.
+        may_read: may a block of this key be sent to a reader with that label? None: any may.
 
     Raises:
         ConfigError: it cannot listen there.
@@ -194,15 +200,25 @@ class TcpTransport(Transport):
 
     name: ClassVar[str] = "tcp"
 
-    def __init__(self, secret: str, bind: str = "", streams: int = 2, port: int = 0, bytes_per_second: int = 0) -> None:
+    def __init__(
+        self,
+        secret: str,
+        bind: str = "",
+        streams: int = 2,
+        port: int = 0,
+        bytes_per_second: int = 0,
+        label: str = "",
+        may_read: MayRead | None = None,
+    ) -> None:
         assert streams >= 1
+        self.label = label
         self._secret = secret
         self._streams = streams
         # More streams than half the processors only take turns: one stream already uses one on either side.
         self._parts_max = min(streams, max(1, (os.cpu_count() or 1) // 2))
         self._server: DataServer | None = None
         if bind and secret:
-            self._server = DataServer(secret, bind, port, bytes_per_second=bytes_per_second)
+            self._server = DataServer(secret, bind, port, bytes_per_second=bytes_per_second, may_read=may_read)
         self._pool = Workers("kvshare-tcp-read", THREADS_MAX)
         self._clock = Clock("kvshare-tcp-clock")
         self._peers: dict[str, Peer] = {}  # by node
@@ -215,6 +231,11 @@ class TcpTransport(Transport):
     def register(self, region: Region) -> None:
         if self._server is not None:
             self._server.register(region)
+
+    def register_staged(self, source: Staged) -> None:
+        """Serve a region that is no memory, until we close."""
+        if self._server is not None:
+            self._server.register_staged(source)
 
     def deregister(self, region: Region) -> None:
         if self._server is not None:

@@ -36,13 +36,15 @@ PORTION_BYTES = 8 << 20  # between two trailers
 
 
 class ReadBlocks(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The first ``length`` bytes of each of ``slots`` (int64), if it is at its generation (uint64)."""
+    """The first ``length`` bytes of each of ``slots`` (int64), if it is at its generation (uint64). ``label``: where the reader
+    stands (setting 'region'); the owner sends no block of a tenant that may not be there."""
 
     region: int
     length: int
     portion_blocks: int
     slots: bytes
     generations: bytes
+    label: str
 
 
 def tune(sock: socket.socket) -> None:

@@ -19,6 +19,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,7 +27,7 @@ import numpy as np
 
 from kvshare import native, wire
 from kvshare.errors import ConfigError, ProtocolError
-from kvshare.transport.base import BlockStatus
+from kvshare.transport.base import I64, BlockStatus
 from kvshare.transport.tcp_protocol import (
     LENGTH,
     PURPOSE,
@@ -38,6 +39,7 @@ from kvshare.transport.tcp_protocol import (
     tune,
     verdict_of,
 )
+from kvshare.transport.tcp_staged import Staged, Stages
 
 if TYPE_CHECKING:
     from kvshare.slots import Region
@@ -46,6 +48,8 @@ log = logging.getLogger("kvshare")
 
 SO_MAX_PACING_RATE = 47  # Linux's; Python does not name it. The kernel paces, in bytes/s, whatever the network
 ACCEPT_PAUSE_SECONDS = 0.5  # after the system had no descriptor for us
+
+MayRead = Callable[[bytes, str], bool]
 
 _decoder = msgspec.msgpack.Decoder(ReadBlocks)
 
@@ -61,10 +65,13 @@ class _Connection:
 class DataServer:
     """Serves registered regions on ``bind``:``port`` (0 takes a free port) from its construction to `close`.
 
+    may_read: may a block of this key be sent to a reader with that label? None: any may.
+
     bytes_per_second: sent over one connection at most, after a first few hundred KB; 0: without limit.
 
     counters: ``connections``, ``requests``, ``blocks``, ``bytes`` served; ``refused`` (no room), ``strangers`` (failed
-    handshakes), ``garbage`` (requests that are none), ``broken`` (connections lost or stuck within an answer).
+    handshakes), ``garbage`` (requests that are none), ``broken`` (connections lost or stuck within an answer), ``barred``
+    (blocks that were not sent for the reader's label).
 
     Raises:
         ConfigError: it cannot listen there.
@@ -80,12 +87,16 @@ class DataServer:
         handshake_seconds: float = wire.HANDSHAKE_SECONDS,
         send_seconds: float = 5.0,
         bytes_per_second: int = 0,
+        may_read: MayRead | None = None,
     ) -> None:
         self._secret = secret
+        self._may_read = may_read
         self._connections_max = connections_max
         self._handshake_seconds = handshake_seconds
         self._send_seconds = send_seconds
         self._regions: dict[int, Region] = {}
+        self._staged: dict[int, Staged] = {}
+        self._stages = Stages()
         self._connections: dict[_Connection, threading.Thread] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -108,6 +119,12 @@ class DataServer:
         with self._lock:
             assert region.region not in self._regions
             self._regions[region.region] = region
+
+    def register_staged(self, source: Staged) -> None:
+        """Serve a region that is no memory, until we close."""
+        with self._lock:
+            assert source.region not in self._regions
+            self._staged[source.region] = source
 
     def deregister(self, region: Region) -> None:
         """Answers from it end at once; they hold the mapping until then."""
@@ -221,6 +238,18 @@ class DataServer:
         slots, generations = np.frombuffer(request.slots, np.int64), np.frombuffer(request.generations, np.uint64)
         with self._lock:
             region = connection.serving = self._regions.get(request.region)
+            staged = self._staged.get(request.region)
+        source = staged or region
+        if source is not None and self._may_read is not None:
+            slots, barred = _permitted(source, slots, lambda key: self._may_read(key, request.label))  # type: ignore[misc]
+            self._count(barred=barred)
+            if barred and barred == len(slots):
+                region = staged = None
+        if staged is not None and 0 < request.length <= staged.slot_bytes:
+            how = (request.length, request.portion_blocks)
+            blocks = self._stages.answer(connection.sock, self._send_seconds, staged, (slots, generations), *how)
+            self._count(requests=1, blocks=blocks, bytes=blocks * request.length)
+            return
         if region is None or request.length < 1:
             send(connection.sock, verdict_of(bytes([BlockStatus.UNREACHABLE]) * len(slots)), self._send_seconds)
             return
@@ -237,3 +266,16 @@ class DataServer:
         )
         connection.serving = None
         self._count(requests=1, blocks=blocks, bytes=blocks * request.length)
+
+
+def _permitted(source: Region | Staged, slots: I64, may_read: Callable[[bytes], bool]) -> tuple[I64, int]:
+    """``slots``, with -1 (there is no such slot) in place of those whose block may not be read, and how many those are.
+
+    What is in a slot may change right afterwards: then its generation does too, and it is not the one that was asked for.
+    """
+    permitted, barred = slots.copy(), 0
+    for i in np.flatnonzero((slots >= 0) & (slots < source.available_slots)).tolist():
+        if not may_read(source.key(int(slots[i]))):
+            permitted[i] = -1
+            barred += 1
+    return permitted, barred

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 log = logging.getLogger("kvshare")
@@ -39,15 +40,17 @@ class Workers:
                 thread.start()
             self._tasks.put(task)
 
-    def close(self) -> None:
-        """Do what was submitted, then end the threads; idempotent. Not to be called by a task."""
+    def close(self, seconds: float | None = None) -> None:
+        """Do what was submitted, then end the threads; idempotent. Not to be called by a task. ``seconds``: wait no longer for
+        threads that a task holds up."""
         with self._lock:
             if not self._closed:
                 for _ in self._threads:
                     self._tasks.put(None)
             self._closed = True
+        deadline = None if seconds is None else time.monotonic() + seconds
         for thread in self._threads:
-            thread.join()
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:

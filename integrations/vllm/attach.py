@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from kvshare import processes
-from kvshare.config import Settings
+from kvshare.config import LEAVE_SHARE, Settings
 from kvshare.device import STRIDE, DeviceTable, table_path
 from kvshare.errors import NamespaceError, RegionError, TransportError, Unavailable
 from kvshare.integrations.vllm.identity import namespaces_of
@@ -99,7 +99,8 @@ def attach_worker(
 
     if first:
         log.info("kvshare: shares blocks of %d bytes as %s", layout.block_bytes, namespaces[0].family().hex())
-    return WorkerHalf(pages, mover.measured, close), Hello(namespaces, layout.block_bytes, offers)
+    leave_seconds = settings.drain_seconds * LEAVE_SHARE
+    return WorkerHalf(pages, mover.measured, close, leave_seconds), Hello(namespaces, layout.block_bytes, offers)
 
 
 def _layouts(
@@ -191,6 +192,7 @@ def attach_scheduler(vllm_config: VllmConfig, settings: Settings, hellos: list[H
         loads=role.is_kv_consumer,
         saves=role.is_kv_producer,
         live=_live(hellos, sessions) if role.is_kv_producer else None,
+        tenant=settings.tenant,
     )
 
 
@@ -208,7 +210,10 @@ def _live(hellos: list[Hello], sessions: list[Session]) -> LiveCache | None:
         Exposure(replace(offer, table_path=path, slots=table.slots), sessions[shard], hellos[0].namespaces[shard].family())
         for shard, offer in sorted(offers.items())
     ]
-    return LiveCache(table, exposures)
+    live = LiveCache(table, exposures)
+    for shard in offers:
+        sessions[shard].on_withdraw = live.withdraw
+    return live
 
 
 def free_processors() -> set[int]:

@@ -13,7 +13,7 @@ Steps come back in the order in which they were sent, several may be under way (
 What changed is told a moment later, by a thread of its own: right after a step its request's token is on its way, and whoever
 hears of blocks would take the processor from that.
 
-Threads: the scheduler's, and the one that tells.
+Threads: the scheduler's, the one that tells, and the session's, in which the node has blocks withdrawn.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class LiveCache:
         """These blocks may be written to by the step that is being made, or by a load that it begins."""
         if not block_ids:
             return
-        self._table.begin(block_ids)
         with self._changing:
+            self._table.begin(block_ids)
             for block_id in block_ids:
                 key = self._keys.pop(block_id, None)
                 place = self._places.get(key) if key is not None else None
@@ -130,8 +130,8 @@ class LiveCache:
         if not self._under_way:
             return
         for completed in self._under_way.popleft():
-            held = self._table.finish(completed.blocks, completed.begun)
             with self._changing:
+                held = self._table.finish(completed.blocks, completed.begun)
                 for i in np.flatnonzero(held).tolist():
                     block_id, key = int(completed.blocks[i]), completed.keys[i]
                     self._keys[block_id] = key
@@ -148,6 +148,17 @@ class LiveCache:
             self._places.clear()
         for step in self._under_way:
             step.clear()
+        self._changed.set()
+
+    def withdraw(self, keys: Sequence[bytes]) -> None:
+        """These were purged, in any shard: nobody else may read them any more, whatever the engine does. Any thread."""
+        named = {key[FAMILY_BYTES:] for key in keys}
+        with self._changing:
+            for block, key in [(block, key) for block, key in self._keys.items() if key[FAMILY_BYTES:] in named]:
+                self._table.begin([block])
+                del self._keys[block]
+                if self._places.pop(key, None) is not None:
+                    self._gone.append(key)
         self._changed.set()
 
     def flush(self) -> None:

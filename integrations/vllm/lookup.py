@@ -25,9 +25,11 @@ class ShardedLookup:
         self._sessions = list(sessions)
         self._families = list(families)
 
-    def ask(self, prefix: bytes, hashes: Sequence[bytes], patience_seconds: float = 0.0) -> ShardedChain:
+    def ask(
+        self, prefix: bytes, hashes: Sequence[bytes], patience_seconds: float = 0.0, fetch_seconds: float = 0.0
+    ) -> ShardedChain:
         pairs = zip(self._sessions, self._prefixes(prefix), strict=True)
-        return ShardedChain([session.ask(own, hashes, patience_seconds) for session, own in pairs])
+        return ShardedChain([session.ask(own, hashes, patience_seconds, fetch_seconds) for session, own in pairs])
 
     def local(self, prefix: bytes, hashes: Sequence[bytes]) -> list[Local]:
         pairs = zip(self._sessions, self._prefixes(prefix), strict=True)

@@ -34,6 +34,7 @@ from kvshare.integrations.vllm.identity import covers_extra_keys
 from kvshare.integrations.vllm.live import LiveCache
 from kvshare.integrations.vllm.metadata import Load, Reads, Save, StepMetadata
 from kvshare.loading import LoadPlan, Offer
+from kvshare.tenants import NAME_REMEDY, tag_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -59,7 +60,7 @@ class Chain(Protocol):
 class Lookup(Protocol):
     """What this half needs of a `kvshare.session.Session`, or of several (`kvshare.integrations.vllm.lookup`)."""
 
-    def ask(self, prefix: bytes, hashes: Sequence[bytes], patience_seconds: float) -> Chain: ...
+    def ask(self, prefix: bytes, hashes: Sequence[bytes], patience_seconds: float, fetch_seconds: float) -> Chain: ...
 
     def local(self, prefix: bytes, hashes: Sequence[bytes]) -> Any: ...
 
@@ -97,10 +98,13 @@ class SchedulerHalf:
         loads: bool = True,
         saves: bool = True,
         live: LiveCache | None = None,
+        tenant: str = "",
     ) -> None:
         self._session = session
         self._live = live
         self._family = namespace.family()
+        self._tenant = keys.tenant_tag(tenant)  # of requests that name none
+        self._tenant_said = False
         self._block_size = namespace.block_size
         self._block_bytes = block_bytes
         self._load_bytes_max = load_bytes_max
@@ -324,10 +328,14 @@ class SchedulerHalf:
         limit = (request.num_tokens - 1) // self._block_size
         if limit > 0:
             hashes = request.block_hashes[:limit]
-            tracked.question = self._session.ask(tracked.prefix, hashes, self._cost.patience(limit))
+            patience, fetch = self._cost.patience(limit), self._cost.fetch_seconds(limit)
+            tracked.question = self._session.ask(tracked.prefix, hashes, patience, fetch)
 
     def _prefix(self, request: Request) -> bytes | None:
         """The request's part of its keys; None while it is being found out, empty when the request is not shared."""
+        tenant = self._tenant_of(request)
+        if tenant is None:
+            return b""
         extra = request.lora_request is not None or bool(request.mm_features) or request.prompt_embeds is not None
         if extra and not self._extra_keys_agree:
             return b""
@@ -338,7 +346,22 @@ class SchedulerHalf:
                 return identity
             adapter = identity
         salt = f"{self._secret}/{request.cache_salt or ''}" if self._secret else (request.cache_salt or "")
-        return keys.prefix(self._family, keys.variant(adapter, salt), GROUP)
+        return keys.prefix(self._family, keys.variant(adapter, salt), GROUP, tenant)
+
+    def _tenant_of(self, request: Request) -> bytes | None:
+        """The tag of whom the request's blocks belong to; None when it names nobody that can be."""
+        params = request.kv_transfer_params
+        if not params or params.get("tenant") is None:
+            return self._tenant
+        tag = tag_of(params["tenant"])
+        if tag is None and not self._tenant_said:
+            self._tenant_said = True
+            log.warning(
+                "kvshare: a request's kv_transfer_params name the tenant %.80r, so it and others like it share no blocks: %s",
+                params["tenant"],
+                NAME_REMEDY,
+            )
+        return tag
 
     def _affordable(self, count: int) -> int:
         """How many of ``count`` blocks may be loaded beside what is being loaded. A lone load is always affordable: its size

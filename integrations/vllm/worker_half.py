@@ -28,16 +28,22 @@ log = logging.getLogger("kvshare")
 
 # In a step without a forward the engine only waits for loads: longer than one takes, shorter than a new request would mind.
 ARRIVAL_SECONDS = 0.015
-LEAVE_SECONDS = 2.0
 FLUSH_SECONDS = 1.0  # a copy that takes longer is worth a line in the log
 
 
 class WorkerHalf:
     """See the module's docstring. ``measured``: what reads have moved since it was called last; ``close_all`` ends what
-    ``pages`` stands on."""
+    ``pages`` stands on; ``leave_seconds``: what is queued may be saved so long when the engine ends."""
 
-    def __init__(self, pages: Pages, measured: Callable[[], list[Measured]], close_all: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pages: Pages,
+        measured: Callable[[], list[Measured]],
+        close_all: Callable[[], None],
+        leave_seconds: float,
+    ) -> None:
         self._pages = pages
+        self._leave_seconds = leave_seconds
         self._measured = measured
         self._close_all = close_all
         self._step: StepMetadata | None = None
@@ -92,8 +98,8 @@ class WorkerHalf:
         return Reads(measured) if measured else None
 
     def close(self) -> None:
-        """The engine ends: what it has just computed is still saved, if that takes no longer than `LEAVE_SECONDS`."""
-        deadline = time.monotonic() + LEAVE_SECONDS
+        """The engine ends: what it has computed and queued is still saved, if that takes no longer than ``leave_seconds``."""
+        deadline = time.monotonic() + self._leave_seconds
         for saving, _ in self._saves:
             saving.wait(max(0.0, deadline - time.monotonic()))
         self._close_all()

@@ -124,7 +124,7 @@ def test_garbage_on_the_port_is_closed_and_counted(tcp_house: House, garbage: by
 
 
 def _asked(**changes: object) -> ReadBlocks:
-    whole = ReadBlocks(SLOT_BYTES, SLOT_BYTES, 1, bytes(8), bytes(8))
+    whole = ReadBlocks(SLOT_BYTES, SLOT_BYTES, 1, bytes(8), bytes(8), "eu")
     return msgspec.structs.replace(whole, **changes)
 
 

@@ -59,11 +59,15 @@ class Host:
         self.node.start()
         return self
 
-    def spawn(self) -> Host:
+    def environment(self) -> dict[str, str]:
+        """Ours, with this host's settings."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("KVSHARE_")}
         for name, value in dataclasses.asdict(self.settings).items():
             environment[f"KVSHARE_{name.upper()}"] = ",".join(value) if isinstance(value, tuple) else str(value)
-        self.process = subprocess.Popen([sys.executable, "-m", "kvshare", "node"], env=environment)
+        return environment
+
+    def spawn(self) -> Host:
+        self.process = subprocess.Popen([sys.executable, "-m", "kvshare", "node"], env=self.environment())
         assert eventually(lambda: Path(self.settings.socket_path).exists() and self._answers(), 20)
         return self
 
@@ -119,8 +123,8 @@ class Cluster:
         self.hosts.append(host)
         return host
 
-    def start_directory(self, port: int = 0) -> DirectoryServer:
-        self.directory = DirectoryServer(Settings.load({"secret": SECRET, "port": port}, environ={}))
+    def start_directory(self, port: int = 0, **changes: object) -> DirectoryServer:
+        self.directory = DirectoryServer(Settings.load({"secret": SECRET, "port": port, **changes}, environ={}))
         self.directory.start()
         return self.directory
 

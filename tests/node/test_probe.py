@@ -14,7 +14,7 @@ import numpy as np
 from kvshare import keys, native
 from kvshare.messages import Located
 from kvshare.mover import Mover
-from kvshare.question import Question
+from kvshare.question import Asked, Question
 from kvshare.session import Session
 from kvshare.transport.base import BlockStatus, Targets
 from tests.node.conftest import BLOCK_BYTES, BLOCK_SIZE, SPACE, Cluster, Host, blocks_of, eventually
@@ -36,7 +36,7 @@ def asked(session: Session, patience_seconds: float, hashes: list[bytes] = HASHE
         answers.append(located)
         arrived.set()
 
-    assert session.locate([PREFIX + block_hash for block_hash in hashes], patience_seconds, answer)
+    assert session.locate(Asked([PREFIX + one for one in hashes], patience_seconds, 0.0), answer, lambda _: None)
     assert arrived.wait(10.0)
     return answers[0]
 

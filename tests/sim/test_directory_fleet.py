@@ -77,7 +77,7 @@ class Node:
 
     def publish(self, stored: list[Stored], removed: list[bytes], full: bool = False) -> Publish:
         self.sequence += 1
-        return Publish(self.name, self.epoch, self.sequence, full, stored, removed)
+        return Publish(self.name, self.epoch, self.sequence, full, stored, removed, 0)
 
     def publish_all(self) -> list[Publish]:
         blocks = list(self.inventory.values())

@@ -186,6 +186,33 @@ def test_clean_removes_what_a_killed_node_left_and_nothing_of_a_living_one(comma
     assert command.files() == []
 
 
+def test_a_rotated_key_seals_from_now_on(make_settings: Callable[..., Settings], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_settings().runtime_dir
+    rotate = ["rotate-key", "--tenant", "acme", "--set", f"keys_dir={folder}"]
+    said = []
+    for _ in range(2):
+        assert cli.main(rotate) == 0
+        said.append(capsys.readouterr().out)
+    (path,) = Path(folder).glob("*.key")
+    key_ids = [line.split()[2] for line in path.read_text().splitlines()]
+    assert [key_id in line for key_id, line in zip(key_ids, said, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (["--tenant", "acme"], ("'keys_dir'", "name the folder")),
+        (["--tenant", "a b", "--set", "keys_dir=/tmp"], ("'a b'", "1 to 64 letters")),
+        (["--tenant", "acme", "--set", "keys_dir=/nowhere"], ("'keys_dir'", "'/nowhere'")),
+    ],
+)
+def test_a_key_that_cannot_be_rotated_is_one_line_and_status_2(
+    given: list[str], parts: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["rotate-key", *given]) == 2
+    assert one_line(capsys.readouterr().err, *parts)
+
+
 def test_an_autostarted_node_ends_when_nobody_needs_it(command: Command) -> None:
     node = command.serve("node", "--autostarted", "--set", "idle_exit_seconds=0.5")
     assert ended(node) == 0

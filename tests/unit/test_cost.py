@@ -8,7 +8,7 @@ import pytest
 from kvshare import cost
 from kvshare.cost import Candidate, Cost, Meter, Prefill, Rates, choose
 from kvshare.loading import LoadPlan, Measured, Offer, SourceRead
-from kvshare.places import RegionDescription
+from kvshare.places import DISK, RegionDescription
 
 A, B, OWN = ("a", "host"), ("b", "host"), ("own", "host")
 MB = 10**6
@@ -231,6 +231,22 @@ def test_the_fastest_source_is_chosen() -> None:
 def test_among_equals_the_same_host_and_else_the_first() -> None:
     assert choose([[FAR_A, FAR_B, NEAR_C]], Rates(), 1.0) == [2]
     assert choose([[FAR_A, FAR_B]], Rates(), 1.0) == [0]
+
+
+def test_memory_comes_before_a_disk_that_is_as_fast_and_not_before_one_that_is_faster() -> None:
+    disk = Candidate(("d", DISK), 2, True)
+    assert choose([[disk, FAR_A], [disk], [disk, FAR_A]], Rates(), 1.0) == [1, 0, 1]
+    rates = known(a=10)
+    rates.observe(("d", DISK), 100 * MB, 1.0, 0.0)
+    assert choose([[FAR_A, disk]], rates, 1.0) == [1]
+
+
+def test_fetching_may_take_clearly_less_than_computing_and_is_unknown_until_something_was_computed() -> None:
+    cost = Cost(BLOCK_BYTES, BLOCK_TOKENS)
+    assert cost.fetch_seconds(10) == 0.0
+    cost.sent(1000, 0.0)
+    cost.returned(1.0)
+    assert 0.0 < cost.fetch_seconds(10) < 1.0  # computing them takes a second
 
 
 def test_a_chain_stays_with_one_source_while_that_is_about_as_fast() -> None:

@@ -19,12 +19,16 @@ from kvshare.cluster_messages import (
     Host,
     Hosted,
     Join,
+    Leave,
+    Left,
     NodeJoined,
     NodeLost,
     Plan,
     Publish,
     Report,
     Resync,
+    Take,
+    Taken,
     Welcome,
 )
 from kvshare.config import Settings
@@ -33,7 +37,7 @@ from kvshare.directory_events import Broadcast, Close, Command, Connected, Disco
 from kvshare.index import MemoryIndex
 from kvshare.keys import Namespace
 from kvshare.messages import PROTOCOL_VERSION, Message
-from kvshare.places import GroupPlan, Location, NodeDescription, Stored
+from kvshare.places import DISK, GroupPlan, Location, NodeDescription, RegionDescription, Stored
 
 FAMILY = b"f" * keys.FAMILY_BYTES
 LENGTH = 4096
@@ -94,9 +98,10 @@ class Play:
         removed: tuple[str, ...] = (),
         full: bool = False,
         epoch: int = EPOCH,
+        free_bytes: int = 0,
     ) -> list[Command]:
         gone = [key(each) for each in removed]
-        return self.hear(connection, Publish(name, epoch, sequence, full, stored, gone))
+        return self.hear(connection, Publish(name, epoch, sequence, full, stored, gone, free_bytes))
 
     def answer(self, connection: int, question: Message) -> Any:
         (command,) = self.hear(connection, question)
@@ -126,7 +131,7 @@ def test_a_node_that_joins_is_welcomed_and_told_to_the_others(play: Play) -> Non
     a = play.join("a")
     b = play.connect()
     assert play.hear(b, Join(PROTOCOL_VERSION, described("b"), False)) == [
-        Send(b, Welcome(99, [described("a")])),
+        Send(b, Welcome(99, [described("a")], [])),
         Broadcast((a,), NodeJoined(described("b"))),
     ]
 
@@ -200,7 +205,7 @@ def test_a_restarted_node_takes_over_from_its_lingering_connection(play: Play) -
     new = play.connect()
     close, welcome, told = play.hear(new, Join(PROTOCOL_VERSION, described("a", epoch=EPOCH + 1), False))
     assert isinstance(close, Close) and close.connection == old
-    assert welcome == Send(new, Welcome(99, [described("b")]))
+    assert welcome == Send(new, Welcome(99, [described("b")], []))
     assert told == Broadcast((b,), NodeJoined(described("a", epoch=EPOCH + 1)))
     assert play.find(b, "x") == [[]]
     assert play.directory.handle(Disconnected(old), play.now) == []
@@ -231,7 +236,7 @@ def test_of_two_nodes_with_one_name_the_older_start_is_turned_away(play: Play) -
         (Join(PROTOCOL_VERSION + 1, described("a"), False), "run one version"),
         (Beat(), "before it joined"),
         (Find(1, []), "before it joined"),
-        (Publish("a", EPOCH, 1, True, [], []), "before it joined"),
+        (Publish("a", EPOCH, 1, True, [], [], 0), "before it joined"),
     ],
 )
 def test_a_stranger_that_breaks_the_protocol_is_closed(play: Play, message: Message, words: str) -> None:
@@ -244,10 +249,10 @@ def test_a_stranger_that_breaks_the_protocol_is_closed(play: Play, message: Mess
     ("message", "words"),
     [
         (Join(PROTOCOL_VERSION, described("z"), False), "joined again as z"),
-        (Publish("b", EPOCH, 2, False, [], []), "publishes for b"),
-        (Publish("a", EPOCH, 2, False, [Stored(bytes(65), 1, 0, 2, 1)], []), "length"),
+        (Publish("b", EPOCH, 2, False, [], [], 0), "publishes for b"),
+        (Publish("a", EPOCH, 2, False, [Stored(bytes(65), 1, 0, 2, 1)], [], 0), "length"),
         (Report([[bytes(keys.PREFIX_BYTES)]]), "length"),
-        (Welcome(1, []), "no message to a directory"),
+        (Welcome(1, [], []), "no message to a directory"),
     ],
 )
 def test_a_node_that_breaks_the_protocol_is_closed_and_told_as_lost(play: Play, message: Message, words: str) -> None:
@@ -289,6 +294,19 @@ def test_the_asking_node_is_no_answer_the_same_host_comes_first_and_then_the_fre
         play.join(name, stored("x"), host="here" if name == "near" else "")
     asking = play.join("asking", stored("x"), host="here")
     assert play.find(asking, "x") == [["near", "fresh", "far"]]
+
+
+def test_what_lies_on_a_disk_is_named_last_and_planned_only_where_no_arena_has_it(play: Play) -> None:
+    on_disk = [Stored(key(name), LENGTH + 1, i, 2, LENGTH) for i, name in enumerate(("x", "y"))]
+    region = RegionDescription("disk", LENGTH + 1, LENGTH, 9, "here", "", "", "10.0.0.1:1", DISK)
+    arena = play.join("arena", stored("x"))
+    disk = play.connect()
+    play.hear(disk, Join(PROTOCOL_VERSION, NodeDescription("disk", EPOCH, "here", "10.0.0.1:1", (region,)), False))
+    play.publish(disk, "disk", 1, on_disk, full=True)
+    asking = play.join("asking", host="here")
+    assert play.find(asking, "x", "y") == [["arena", "disk"], ["disk"]]
+    play.hear(arena, Report([[key("x"), key("y")]]))
+    assert {item.key: item.location.node for item in play.plan(asking).items} == {key("x"): "arena", key("y"): "disk"}
 
 
 def test_a_question_longer_than_the_limit_is_answered_in_full_length(play: Play) -> None:
@@ -563,3 +581,62 @@ def test_a_group_of_a_donor_that_joiners_must_share_counts_as_its_work_once(grou
     grouping.hear(1, hosted(host))
     e = grouping.join("e", [])
     assert {item.location.node for item in grouping.plan(e).items} == {"d"}  # "a" is at work
+
+
+# --- leaving ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_leaving_node_alone_has_is_given_to_a_peer_with_room_and_told_when_it_is_there() -> None:
+    play = Play()
+    leaver, peer = play.join("a", stored("x", "y", "z")), play.join("b", stored("z"))
+    play.publish(peer, "b", 2, [], free_bytes=10 * LENGTH)
+    play.hear(leaver, Report([[key("y")]]))
+    (given,) = play.hear(leaver, Leave(5, 30.0))
+    assert isinstance(given, Send) and given.connection == peer and isinstance(given.message, Take)
+    assert [item.key for item in given.message.items] == [key("y"), key("x")], "the hottest first; z is there already"
+    play.publish(peer, "b", 3, stored("y", "x", slot=7), free_bytes=8 * LENGTH)
+    assert play.hear(peer, Taken(given.message.ask)) == [Send(leaver, Left(5, 2, []))]
+    assert play.find(play.join("c"), "x", "y", "z") == [["b"], ["b"], ["b"]]
+    assert play.find(leaver, "x") == [["b"]]
+
+
+def test_a_peer_without_room_an_engine_and_one_that_cannot_read_take_nothing() -> None:
+    play = Play()
+    leaver = play.join("a", stored("x"), endpoint="")
+    play.publish(play.join("b", []), "b", 2, [])
+    play.publish(play.join("c", []), "c", 2, [], free_bytes=10 * LENGTH)  # on another host: a serves nobody there
+    assert play.hear(leaver, Leave(5, 30.0)) == [Send(leaver, Left(5, 0, [key("x")]))]
+
+
+def test_a_leaving_node_gets_no_plan_and_two_of_them_do_not_count_on_each_other() -> None:
+    play = Play()
+    first, second = play.join("a", stored("x")), play.join("b", stored("x"))
+    assert play.find(first, "x") == [["b"]]
+    assert play.answer(first, Leave(1, 30.0)) == Left(1, 0, [key("x")]), "nobody has room: not looked at"
+    assert play.find(first, "x") == [["b"]]
+    assert play.answer(second, Leave(1, 30.0)) == Left(1, 0, [key("x")])
+    assert play.find(first, "x") == [[]]
+    play.hear(second, Report([[key("x")]]))
+    assert play.answer(first, AskPlan(2, FAMILY, 1 << 30, 30.0, False)) == Plan(2, [], 0, None)
+    assert play.find(play.join("c"), "x") == [["b", "a"]], "others are sent there as long as nobody else has it"
+
+
+def test_a_leaving_node_that_goes_or_joins_again_is_one_that_stays() -> None:
+    play = Play()
+    leaver, peer = play.join("a", stored("x")), play.join("b", [])
+    play.publish(peer, "b", 2, [], free_bytes=10 * LENGTH)
+    play.hear(leaver, Leave(5, 30.0))
+    play.directory.handle(Disconnected(leaver), play.now)
+    again = play.join("a", stored("x"))
+    assert play.find(peer, "x") == [["a"]]
+    assert play.hear(again, Beat()) == [] and play.hear(peer, Taken(1)) == []
+
+
+def test_the_time_of_a_leaving_node_is_one_of_the_directorys_deadlines() -> None:
+    play = Play()
+    leaver, peer = play.join("a", stored("x")), play.join("b", [])
+    play.publish(peer, "b", 2, [], free_bytes=10 * LENGTH)
+    play.hear(leaver, Leave(5, 2.0))
+    assert play.directory.next_deadline() == play.now + 2.0
+    play.now += 2.0
+    assert play.directory.handle(Tick(), play.now) == [Send(leaver, Left(5, 0, [key("x")]))]

@@ -59,7 +59,7 @@ class Client:
         return message
 
     def publish(self, *keys: bytes) -> None:
-        self.send(Publish(self.name, 1, 1, True, [Stored(key, 8, 0, 2, 8) for key in keys], []))
+        self.send(Publish(self.name, 1, 1, True, [Stored(key, 8, 0, 2, 8) for key in keys], [], 0))
 
     def closed(self) -> bool:
         """The directory has ended this connection (what it sent before is passed over)."""

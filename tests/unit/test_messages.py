@@ -10,10 +10,11 @@ import msgspec
 import pytest
 
 from kvshare import cluster_messages, messages
-from kvshare.cluster_messages import FromDirectory, ToDirectory
+from kvshare.cluster_messages import Erase, FromDirectory, ToDirectory
 from kvshare.keys import Namespace
 from kvshare.messages import Message, ToNode, ToSession
 from kvshare.places import GroupPlan, Location, NodeDescription, ProcessMemory, RegionDescription, Stored, WarmItem
+from kvshare.purge import NodePurge, PurgeScope, TierPurge
 
 CHANNELS = {"ToNode": ToNode, "ToSession": ToSession, "ToDirectory": ToDirectory, "FromDirectory": FromDirectory}
 
@@ -47,6 +48,9 @@ EXAMPLES: dict[Any, Any] = {
     Location: LOCATION,
     Stored: Stored(b"key", 4096, 8, 2**63 + 4, 4000),
     WarmItem: WarmItem(b"key", LOCATION),
+    PurgeScope: PurgeScope(tenant="acme"),
+    NodePurge: NodePurge("a", [TierPurge("arena", 3, 2**40)], ["said why"]),
+    Erase: Erase(2**63 + 1, PurgeScope(family=b"\x00\xff" * 8), True),
     GroupPlan | None: GroupPlan(b"\xff" * 16, "10.0.0.1:7", 3, 2, "nccl", 0.5, 0.25, 1 << 29),
 }
 

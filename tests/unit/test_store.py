@@ -326,6 +326,17 @@ class AnyOrder(RuleBasedStateMachine):
         self.shelf.store.drop(keys)
         self.hear()
 
+    @rule(keys=KEYS, clean=st.integers(0, 6))
+    def purge(self, keys: list[bytes], clean: int) -> None:
+        store = self.shelf.store
+        store.begin_purge(lambda key: key in keys, self.now)
+        store.purge(keys)
+        store.end_purge()
+        self.hear()
+        slots = store.soiled.take(clean)
+        self.shelf.region.punch(slots)
+        store.cleaned(slots)
+
     @rule(data=st.data())
     def find_corrupt(self, data: st.DataObject) -> None:
         if self.told:

@@ -121,6 +121,23 @@ def test_of_equal_blocks_the_one_that_stays_is_told_of(table: DeviceTable) -> No
     assert live.check() == []
 
 
+def test_what_is_withdrawn_cannot_be_read_and_what_is_computed_anew_can(table: DeviceTable) -> None:
+    """Also where an equal block was told of before, and under the name of another shard."""
+    node = Node()
+    live = live_cache(table, node)
+    step(live, [1, 2, 3], {key("k"): 1, key("other"): 3})
+    step(live, [], {key("k"): 2})
+    back(live)
+    back(live)
+    live.withdraw([b"g" * FAMILY_BYTES + b"k", key("unknown")])
+    assert (table.generations([1, 2]) % 2 == 1).all() and table.generations([3])[0] % 2 == 0
+    live.flush()
+    assert list(node.blocks) == [key("other")] and live.check() == []
+    step(live, [4], {key("k"): 4})
+    back(live)
+    assert node.blocks[key("k")].slot == 4
+
+
 def test_a_reset_takes_everything_back_and_steps_under_way_bring_nothing(table: DeviceTable) -> None:
     node = Node()
     live = live_cache(table, node)

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
 
 from kvshare.integrations.vllm.metadata import Reads, StepMetadata
 from kvshare.integrations.vllm.scheduler_half import SchedulerHalf
-from kvshare.keys import Namespace
+from kvshare.keys import NO_TENANT, Namespace, tenant_of, tenant_tag
 from kvshare.loading import LoadPlan, Measured, Offer, SourceRead
 from kvshare.places import RegionDescription
 from kvshare.question import Local, Mirror
@@ -65,7 +65,7 @@ class HeldSession:
     rate: float = 1e9
     patience: list[float] = field(default_factory=list)
 
-    def ask(self, prefix: bytes, hashes: list[bytes], patience_seconds: float) -> HeldChain:
+    def ask(self, prefix: bytes, hashes: list[bytes], patience_seconds: float, fetch_seconds: float) -> HeldChain:
         self.patience.append(patience_seconds)
         return HeldChain(self, prefix, hashes)
 
@@ -86,6 +86,7 @@ def request(name: str, tokens: int, text: str = "t", **changes: Any) -> Any:
         "request_id": name, "num_tokens": tokens, "num_computed_tokens": 0, "num_preemptions": 0,
         "block_hashes": [f"{text}{i}".encode() for i in range(tokens // BLOCK_SIZE)],
         "skip_reading_prefix_cache": False, "lora_request": None, "mm_features": [], "prompt_embeds": None, "cache_salt": None,
+        "kv_transfer_params": None,
     }  # fmt: skip
     return SimpleNamespace(**values | changes)
 
@@ -472,6 +473,36 @@ def test_a_salt_never_crosses(other: dict[str, str]) -> None:
     assert engine.admit(request("b", 17, **other)) == 0
     assert engine.admit(request("c", 17)) == 0
     assert engine.admit(request("d", 17, cache_salt="one")) == 16
+
+
+def test_a_requests_tenant_is_in_its_keys_and_finds_nobody_elses() -> None:
+    engine = Engine(tenant="house")
+    filled(engine, kv_transfer_params={"tenant": "acme", "other": 1})
+    assert {tenant_of(key) for key in engine.session.held} == {tenant_tag("acme")}
+    assert engine.admit(request("b", 17)) == 0
+    assert engine.admit(request("c", 17, kv_transfer_params={"tenant": "house"})) == 0
+    assert engine.admit(request("d", 17, kv_transfer_params={"tenant": "acme"})) == 16
+
+
+@pytest.mark.parametrize("params", [None, {}, {"tenant": None}, {"do_remote_decode": True}])
+def test_a_request_that_names_no_tenant_is_the_engines(params: dict[str, object] | None) -> None:
+    engine = Engine(tenant="house")
+    filled(engine, kv_transfer_params=params)
+    assert {tenant_of(key) for key in engine.session.held} == {tenant_tag("house")}
+    nobody = Engine()
+    filled(nobody)
+    assert {tenant_of(key) for key in nobody.session.held} == {NO_TENANT}
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x" * 65, 5, ["acme"], {"a": 1}])
+def test_a_request_with_an_impossible_tenant_shares_nothing_and_that_is_said_once(
+    name: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(tenant="house")
+    for text in "tu":
+        filled(engine, text=text, kv_transfer_params={"tenant": name})
+    assert engine.session.held == set()
+    assert len(caplog.records) == 1 and "use 1 to 64 letters" in caplog.text
 
 
 def test_a_consumer_saves_nothing_and_a_producer_loads_nothing() -> None:

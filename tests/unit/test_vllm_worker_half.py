@@ -73,7 +73,7 @@ def pages() -> HeldPages:
 
 @pytest.fixture
 def worker(pages: HeldPages) -> WorkerHalf:
-    return WorkerHalf(pages, list, lambda: None)
+    return WorkerHalf(pages, list, lambda: None, 2.0)
 
 
 def test_a_load_is_reported_once_with_its_failed_blocks_in_the_same_step(pages: HeldPages, worker: WorkerHalf) -> None:
@@ -155,7 +155,7 @@ def test_saved_blocks_are_counted(pages: HeldPages, worker: WorkerHalf) -> None:
 
 def test_a_leaving_engine_still_saves_what_it_has_computed(pages: HeldPages) -> None:
     order: list[str] = []
-    worker = WorkerHalf(pages, list, lambda: order.append("closed"))
+    worker = WorkerHalf(pages, list, lambda: order.append("closed"), 20.0)
     worker.start_saves(StepMetadata(saves=[Save([b"k"], [3])]))
 
     def saved() -> None:
@@ -169,9 +169,17 @@ def test_a_leaving_engine_still_saves_what_it_has_computed(pages: HeldPages) -> 
     assert order == ["saved", "closed"] and not pages.saves[0].cancelled
 
 
+def test_a_leaving_engine_does_not_wait_for_ever(pages: HeldPages) -> None:
+    order: list[str] = []
+    worker = WorkerHalf(pages, list, lambda: order.append("closed"), 0.01)
+    worker.start_saves(StepMetadata(saves=[Save([b"k"], [3])]))
+    worker.close()
+    assert order == ["closed"] and not pages.saves[0].ended.is_set()
+
+
 def test_what_reads_have_moved_is_told_once(pages: HeldPages) -> None:
     mover = [[Measured(("a", "host"), 100, 0.5)], []]
-    worker = WorkerHalf(pages, lambda: mover.pop(0), lambda: None)
+    worker = WorkerHalf(pages, lambda: mover.pop(0), lambda: None, 2.0)
     assert worker.reads() == Reads([Measured(("a", "host"), 100, 0.5)])
     assert worker.reads() is None
 

@@ -116,7 +116,7 @@ class Reader:
 
     def where(self, hashes: list[bytes]) -> list[tuple[bytes, Location, RegionDescription]]:
         """Which of these the donor's engine has now, by what our node knows."""
-        answer = self.session.call(lambda ask: Locate(ask, [self.prefix + one for one in hashes], 0.0), 5.0)
+        answer = self.session.call(lambda ask: Locate(ask, [self.prefix + one for one in hashes], 0.0, 0.0), 5.0)
         assert isinstance(answer, Located)
         regions = {(region.node, region.region): region for region in answer.peers}
         found = zip(hashes, answer.locations, strict=True)
