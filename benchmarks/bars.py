@@ -91,6 +91,23 @@ BARS: tuple[Bar, ...] = (
     Bar("gpu_gather_over_pcie", "bench_gpu_transport.py", ">=", 0.85, "ratio", 3),
     Bar("gpu_scatter_over_pcie", "bench_gpu_transport.py", ">=", 0.85, "ratio", 3),
     Bar("vram_to_vram_over_copy", "bench_gpu_transport.py", ">=", 0.7, "ratio", 3),
+    # The disk region over a plain loop of large blocks on the same file system; what encryption takes of it; a start.
+    Bar("disk_write_over_plain", "bench_disk.py", ">=", 0.8, "ratio", 4),
+    Bar("disk_read_over_plain", "bench_disk.py", ">=", 0.8, "ratio", 4),
+    Bar("disk_encryption_cost", "bench_disk.py", "<=", 0.15, "share", 4),
+    Bar("disk_scan_1m_seconds", "bench_disk.py", "<=", 2.0, "s", 4),
+    # Blocks found again in a tenth of the space, on a trace: over LRU, over the best of all (which knows the future), and over
+    # the best of those that do not.
+    Bar("trace_hit_over_lru", "bench_placement.py", ">=", 1.005, "ratio", 4),
+    Bar("trace_hit_over_best", "bench_placement.py", ">=", 0.9, "ratio", 4),
+    Bar("trace_hit_over_informed", "bench_placement.py", ">=", 0.9, "ratio", 4),
+    # Three nodes, three tiers that hold 100,000 blocks each.
+    Bar("purge_100k_seconds", "bench_purge.py", "<=", 5.0, "s", 4),
+    # A hundred seeded rounds of kill -9 during saves, evictions, promotions and drains.
+    Bar("recovery_wrong_blocks", "bench_recovery.py", "<=", 0, "blocks", 4),
+    Bar("recovery_back_share", "bench_recovery.py", ">=", 0.99, "ratio", 4),
+    # First token after scale to zero: blocks come from the disk of a node that has started again.
+    Bar("ttft_disk_over_prefix_hit", "bench_zero.py", "<=", 2.5, "ratio", 4),
 )
 
 

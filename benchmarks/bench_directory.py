@@ -49,7 +49,7 @@ def frames(blocks: int, names: list[bytes], source: random.Random) -> Iterator[t
             Stored(key, LENGTH, start + i, source.getrandbits(62) & ~1, LENGTH)
             for i, key in enumerate(names[start : start + BATCH_BLOCKS])
         ]
-        yield f"n{node}", encode(Publish(f"n{node}", 1, sequences[node], sequences[node] == 1, stored, []))
+        yield f"n{node}", encode(Publish(f"n{node}", 1, sequences[node], sequences[node] == 1, stored, [], 0))
 
 
 def timed(action: Callable[[], object], rounds: int) -> float:

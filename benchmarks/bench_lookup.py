@@ -18,6 +18,7 @@ from common import Failed, Fleet, arguments, progress, report, summary
 from kvshare import keys, native
 from kvshare.messages import Located
 from kvshare.mover import Mover
+from kvshare.question import Asked
 from kvshare.session import Session
 from kvshare.transport.base import Targets
 
@@ -31,9 +32,9 @@ class CountingSession(Session):
 
     messages = 0
 
-    def locate(self, wanted: list[bytes], patience_seconds: float, answer: Callable[[Located | None], None]) -> bool:
+    def locate(self, asked: Asked, answer: Callable[[Located | None], None], fetching: Callable[[float], None]) -> bool:
         self.messages += 1
-        return super().locate(wanted, patience_seconds, answer)
+        return super().locate(asked, answer, fetching)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ from kvshare.config import Settings
 PAUSE_SECONDS = 0.3
 MODEL = {"weights": True}
 WARM_UP_SEED, SHARED_SEED = 9_000, 1_000
-FRESH_SEEDS = {"arena": 2_000, "tcp": 3_000}
+FRESH_SEEDS = {"arena": 2_000, "tcp": 3_000, "disk": 4_000, "object": 5_000}
 
 
 def main() -> None:

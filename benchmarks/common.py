@@ -224,9 +224,10 @@ class Fleet:
         self.directory = endpoint
         return child
 
-    def start_node(self, settings: Settings) -> Child:
+    def start_node(self, settings: Settings, *, wait: bool = True) -> Child:
         child = self._start(f"node {settings.node_name}", ["node"], settings)
-        _until(lambda: _answers(settings), child, "does not answer")
+        if wait:
+            _until(lambda: _answers(settings), child, "does not answer")
         return child
 
     def start_engine(
