@@ -14,7 +14,7 @@ check: env ## lint, format, types, layers
 test: check ## check, then every test; ARGS="tests/unit -k name" narrows it
 	@$(PYTHON) -m pytest $(ARGS)
 
-demo: env ## a worker arrives warm, another dies, nothing changes; ARGS="--model NAME" for a model of yours
+demo: env ## a worker arrives warm, another dies, all stops and comes back, outputs stay equal; ARGS="--model NAME" for a model of yours
 	@$(PYTHON) -m kvshare.integrations.demo $(ARGS)
 
 bars: env ## every figure measured afresh, one line each; ONLY=NAME[,NAME] or ISSUE=N narrows it

@@ -1,7 +1,8 @@
 """``python -m kvshare.integrations.demo``: run the demo, print the table, write demo.json and demo.png.
 
-Exit code 0 only when it showed all that it promises: equal outputs, a joiner faster than recomputing, the kill survived and
-nothing left behind. 1 otherwise, 2 for wrong arguments, 130 after Ctrl-C; it cleans up in every case.
+Exit code 0 only when it showed all that it promises: equal outputs, a joiner faster than recomputing, the kill survived, the
+first requests after scale to zero served from disk, and nothing left behind. 1 otherwise, 2 for wrong arguments, 130 after
+Ctrl-C; it cleans up in every case.
 """
 
 from __future__ import annotations

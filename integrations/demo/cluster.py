@@ -3,8 +3,10 @@
 Everything a run starts carries its mark in the environment, everything it writes lies in one folder of its own, and its arenas
 carry its name: so what is left behind can be told, and removed, without touching anything else on the machine.
 
-    host A (a raylet, killed later)     engine A, its kvshare node
-    host B (the head raylet)            engine B, its kvshare node, the directory
+    host A (a raylet, killed later)     engine A, its kvshare node, its disk
+    host B (the head raylet)            engine B, its kvshare node, its disk, the directory
+
+The hosts' disks are folders in the run's folder: they outlive what runs on the hosts, and go with the run.
 
 Ray is imported only by `Machine.start`: it reads where its files go from the environment.
 """
@@ -18,7 +20,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ ENGINE_SECONDS = 900.0  # to load a large model
 
 
 class Machine:
-    """One run's processes, files and memory. Start it, stop it, discard it; `stop` returns what it could not end in good order.
+    """One run's processes, files and memory. Start it, stop it, start it again, discard it; `stop` returns what it could not
+    end in good order.
 
     arena_bytes: of each node; say: prints a line; verbose: show what Ray and the actors print.
     """
@@ -55,18 +58,21 @@ class Machine:
         self._ready: set[str] = set()  # hosts whose engine has started and can be told to end
         self._set_environment()
 
-    def start(self) -> None:
-        """Two raylets, and a kvshare node on each. Raises ConfigError, Unavailable, or Ray's own errors."""
+    def start(self, hosts: Sequence[str] = ("b", "a")) -> None:
+        """A raylet for each of ``hosts``, the first one is Ray's head, and a kvshare node on each. Also after `stop`.
+
+        Raises ConfigError, Unavailable, or Ray's own errors.
+        """
         import ray
         from ray.cluster_utils import Cluster
 
         import kvshare.integrations.ray as kvshare_ray
 
-        common = {"num_cpus": 1, "num_gpus": 0}
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={**common, "resources": {"b": 1}, "include_dashboard": False}
-        )
-        self._raylets = {"b": self._cluster.head_node, "a": self._cluster.add_node(**common, resources={"a": 1})}
+        head, *others = hosts
+        self._cluster = Cluster(initialize_head=True, head_node_args={**self._raylet(head), "include_dashboard": False})
+        self._raylets = {head: self._cluster.head_node}
+        for host in others:
+            self._raylets[host] = self._cluster.add_node(**self._raylet(host))
         ray.init(address=self._cluster.address, log_to_driver=self._verbose, logging_level="ERROR")
         take_signals()  # back from Ray, whose handler of SIGTERM aborts this process after three seconds
         self._hosts = {node["NodeID"]: host for node in ray.nodes() for host in self._raylets if host in node["Resources"]}
@@ -146,12 +152,13 @@ class Machine:
                 yield
 
     def keep_logs(self, target: Path) -> bool:
-        """Copy what Ray, engines and nodes printed to ``target``. True when there was anything."""
-        logs = self.folder / "ray" / "session_latest" / "logs"
-        if not logs.is_dir():
+        """Copy what Ray, engines and nodes printed to ``target``, a folder for each start. True when there was anything."""
+        sessions = [path for path in (self.folder / "ray").glob("session_*") if not path.is_symlink() and path.is_dir()]
+        if not sessions:
             return False
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(logs, target, ignore_dangling_symlinks=True, ignore=_other_than_text)
+        for number, session in enumerate(sorted(sessions, key=lambda path: path.stat().st_ctime), 1):
+            shutil.copytree(session / "logs", target / str(number), ignore_dangling_symlinks=True, ignore=_other_than_text)
         if (self.folder / "driver.log").is_file():
             shutil.copy(self.folder / "driver.log", target)
         return True
@@ -170,6 +177,11 @@ class Machine:
         }
         (self.folder / "run").mkdir(mode=0o700)
 
+    def _raylet(self, host: str) -> dict[str, Any]:
+        """What the raylet of a host is started with. Its processes inherit where the host's disk is."""
+        disk = {"KVSHARE_DISK_DIR": str(self.folder / f"disk-{host}")}
+        return {"num_cpus": 1, "num_gpus": 0, "resources": {host: 1}, "env_vars": disk}
+
     def _stop_in_good_order(self) -> None:
         if self._cluster is None:
             return
@@ -185,6 +197,7 @@ class Machine:
         if self._kvshare is not None:
             steps.append(self._kvshare.stop)
         steps += [ray.shutdown, cluster.shutdown]
+        self._kvshare, self._engines, self._ready = None, {}, set()
         for step in steps:
             try:
                 step()

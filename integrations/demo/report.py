@@ -85,6 +85,13 @@ class Report:
     kill_logprob_max_abs_diff: float  # requests are computed side by side then, which rounds otherwise
     kill_longest_first_token_s: float  # of the requests answered after it
     kill_said: list[str]  # engine B's log lines about it
+    ttft_from_zero_s: float  # everything stopped and host B came back: its first request of a prefix, from its disk
+    zero_first_s: float  # the very first of them
+    zero_outputs: int
+    zero_equal: int
+    zero_logprob_max_abs_diff: float
+    zero_blocks_wanted: int  # full blocks of the prefixes
+    zero_blocks_hit: int  # of these, not computed: nothing but the disk can have had them
     left_behind: list[str]
     seconds: dict[str, float] = field(default_factory=dict)  # per step
     machine: dict[str, Any] = field(default_factory=dict)
@@ -102,6 +109,12 @@ class Report:
             found.append("the warm joiner was no faster than recomputing")
         if self.blocks_hit < self.blocks_wanted:
             found.append(f"the joiner found only {self.blocks_hit} of {self.blocks_wanted} blocks")
+        if self.zero_equal < self.zero_outputs or not self.zero_outputs:
+            found.append(f"after scale to zero only {self.zero_equal} of {self.zero_outputs} requests were answered right")
+        if self.zero_blocks_hit < self.zero_blocks_wanted:
+            found.append(f"after scale to zero only {self.zero_blocks_hit} of {self.zero_blocks_wanted} blocks came from disk")
+        if self.ttft_from_zero_s >= self.ttft_recompute_s:
+            found.append("the first token after scale to zero came no sooner than by recomputing")
         found += [f"left behind: {thing}" for thing in self.left_behind]
         return found
 
@@ -114,6 +127,7 @@ class Report:
         ]
         if self.ttft_peer_s is not None:
             bars.append(("not warmed: from the peer over tcp (B)", self.ttft_peer_s))
+        bars.append(("back from zero: from its disk (B)", self.ttft_from_zero_s))
         return bars
 
 
@@ -154,6 +168,7 @@ def table(report: Report) -> str:
         ("outputs", f"{report.outputs_equal} of {report.outputs_compared} equal to engine A's, {_precision(report)}"),
         ("kill -9", f"engine A and its node, with {kill_rest} of {report.kill_requests} requests to B unanswered"),
         ("after it", f"{report.kill_equal} of {report.kill_requests} answered right; {_slowest(report)}"),
+        ("from zero", f"engine, node and Ray stopped and came back; {_from_disk(report)}"),
         ("left behind", ", ".join(report.left_behind) or "nothing: no process, socket or shared memory"),
     ]
     lines += ["", *(f"  {name.ljust(12)} {text}" for name, text in rows), ""]
@@ -179,8 +194,8 @@ def draw(report: Report, path: Path) -> None:
     seconds = [value for _, value in report.bars()]
     figure = Figure(figsize=(9.6, 4.8), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.34, 0.33, 0.58, 0.48))
-    colours = ["#b8b8b8", "#8fb4d9", "#1f77b4", "#5b9bd0"]
+    axes = figure.add_axes((0.34, 0.34, 0.58, 0.47))
+    colours = ["#b8b8b8", "#8fb4d9", "#1f77b4", *["#5b9bd0"] * (report.ttft_peer_s is not None), "#2a9d8f"]
     axes.barh(names, seconds, color=colours[: len(names)], height=0.62)
     axes.invert_yaxis()
     axes.set_xlim(0, max(seconds) * 1.16)
@@ -213,7 +228,15 @@ def _caption(report: Report) -> str:
             f"{report.outputs_equal} of {report.outputs_compared} outputs equal to engine A's, {_precision(report)}.",
             f"Engine A and its node were killed (-9) mid-traffic: {report.kill_equal} of {report.kill_requests} requests to B "
             "answered right.",
+            f"Then everything stopped and host B came back: {_from_disk(report)}.",
         ]
+    )
+
+
+def _from_disk(report: Report) -> str:
+    return (
+        f"{report.zero_blocks_hit} of {report.zero_blocks_wanted} blocks from disk, {report.zero_equal} of "
+        f"{report.zero_outputs} answered right"
     )
 
 

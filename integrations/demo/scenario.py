@@ -1,4 +1,5 @@
-"""The story, step by step: engine A computes, engine B arrives warm and serves, A and its node are killed, B serves on.
+"""The story, step by step: engine A computes, engine B arrives warm and serves, A and its node are killed, B serves on; then
+all stops, and host B comes back and serves from its disk.
 
 Prompts are a prefix (of whole blocks, shared) and a tail (shorter than a block, so that nothing of it is ever a hit):
 
@@ -68,6 +69,8 @@ class Results:
     traffic_asked: int = 0
     after_kill: list[Served] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    from_zero: dict[str, Served] = field(default_factory=dict)
+    left_at_zero: list[str] = field(default_factory=list)
     hosts: dict[str, str] = field(default_factory=dict)  # node -> "host A"
 
 
@@ -88,7 +91,7 @@ class Scenario:
         return self._seconds
 
     def run(self) -> Results:
-        """All steps but the stopping. Raises whatever keeps one from being done."""
+        """All steps but the last stopping. Raises whatever keeps one from being done."""
         self._begin("cluster", "two raylets of one Ray cluster, host A and host B; kvshare on both")
         self._machine.start()
         model = self._options.model
@@ -105,6 +108,7 @@ class Scenario:
         self._serve_on_b(a, b)
         self._pull_from_peer(a, b)
         self._kill_mid_traffic(b)
+        self._scale_to_zero_and_back(model)
         self._end_step()
         return self._results
 
@@ -209,6 +213,26 @@ class Scenario:
         outputs = compare(results.references, results.traffic)
         self._say(f"  B has answered all {len(results.traffic)}; {outputs.equal} outputs equal to A's")
 
+    def _scale_to_zero_and_back(self, model: str) -> None:
+        """Nothing runs, nothing is in memory; then a first request of each prefix, and of one that B served once, when A was
+        dead: only the hand-over can have brought that to the disk."""
+        results = self._results
+        self._begin("to zero", "engine B, the node and Ray stop; what only they hold goes to host B's disk")
+        results.left_at_zero = self._machine.stop()
+        self._begin("from zero", "Ray, kvshare and a vLLM engine start again on host B")
+        self._machine.start(["b"])
+        b, _ = self._start_engine("b", model)
+        warm_up(b)
+        self._begin("B is back", "the prefixes of before, and one that nobody but B had, each asked for once")
+        wanted = [*(f"p{i}/t0" for i in range(self._options.prefixes)), f"x{PEER_PREFIXES + KILL_PREFIXES - 1}/t0"]
+        results.from_zero = self._serve(b, self._prompts(b, wanted))
+        first, cached = next(iter(results.from_zero.values())), sum(one.cached_tokens for one in results.from_zero.values())
+        outputs = compare(results.references, results.from_zero)
+        self._say(
+            f"  first token after {first.first_seconds:.3f} s; {cached} prompt tokens came from disk; {outputs.equal} of "
+            f"{outputs.compared} outputs equal to A's"
+        )
+
     def _prompts(self, engine: Any, names: list[str]) -> Prompts:
         """Token ids of prompts by name; equal names, equal prompts."""
         import ray
@@ -277,6 +301,8 @@ def report(options: Options, results: Results, left_behind: list[str], seconds: 
     """The figures of a finished run."""
     outputs = compare(results.references, results.joined)
     kill = compare(results.references, results.traffic)
+    zero = compare(results.references, results.from_zero)
+    from_zero = list(results.from_zero.values())
     block_size = results.ready.block_size
     return Report(
         model=Path(options.model).name or "tiny Llama, 8 layers, 512 wide",
@@ -289,10 +315,10 @@ def report(options: Options, results: Results, left_behind: list[str], seconds: 
         ttft_peer_s=median_first(results.peers) if results.peers else None,
         tokens_equal=outputs.all_equal,
         logprob_max_abs_diff=outputs.logprob_difference,
-        logprob_max_abs_diff_own=(outputs + kill).own_difference,
+        logprob_max_abs_diff_own=(outputs + kill + zero).own_difference,
         outputs_compared=outputs.compared,
         outputs_equal=outputs.equal,
-        outputs_rounded=(outputs + kill).rounding,
+        outputs_rounded=(outputs + kill + zero).rounding,
         blocks_wanted=len(results.firsts) * (results.prefix_tokens // block_size),
         blocks_hit=sum(served.cached_tokens for served in results.firsts) // block_size,
         warm_blocks_wanted=results.warm.wanted,
@@ -307,7 +333,14 @@ def report(options: Options, results: Results, left_behind: list[str], seconds: 
         kill_logprob_max_abs_diff=kill.logprob_difference,
         kill_longest_first_token_s=max((served.first_seconds for served in results.after_kill), default=0.0),
         kill_said=results.said,
-        left_behind=left_behind,
+        ttft_from_zero_s=median_first(from_zero),
+        zero_first_s=from_zero[0].first_seconds,
+        zero_outputs=zero.compared,
+        zero_equal=zero.equal,
+        zero_logprob_max_abs_diff=zero.logprob_difference,
+        zero_blocks_wanted=len(from_zero) * (results.prefix_tokens // block_size),
+        zero_blocks_hit=sum(served.cached_tokens for served in from_zero) // block_size,
+        left_behind=[f"{thing}, at zero" for thing in results.left_at_zero] + left_behind,
         seconds=dict(seconds),
         machine=facts.machine(results.ready.device, results.ready.versions),
         commit=facts.commit(),

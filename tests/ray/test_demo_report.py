@@ -16,7 +16,8 @@ from kvshare.integrations.demo.report import Comparison, Report, Served, compare
 
 PROMISED = {  # keys of demo.json that users' scripts rely on
     "ttft_recompute_s", "ttft_prefix_hit_s", "ttft_warm_join_s", "tokens_equal", "logprob_max_abs_diff", "blocks_wanted",
-    "blocks_hit", "bytes_pulled", "survived_kill", "donors", "seconds", "machine", "commit", "left_behind",
+    "blocks_hit", "bytes_pulled", "survived_kill", "donors", "seconds", "machine", "commit", "left_behind", "ttft_from_zero_s",
+    "zero_blocks_wanted", "zero_blocks_hit",
 }  # fmt: skip
 GOOD = Report(
     model="tiny", prompts=18, prefixes=4, prefix_tokens=3968, ttft_recompute_s=3.5, ttft_prefix_hit_s=0.06,
@@ -25,8 +26,9 @@ GOOD = Report(
     outputs_rounded=0, blocks_wanted=124, blocks_hit=124, warm_blocks_wanted=124, blocks_pulled=124, bytes_pulled=248 << 20,
     donors={"host A": 124}, warm_s=0.5, survived_kill=True, kill_requests=7, kill_before=2, kill_equal=7,
     kill_logprob_max_abs_diff=5e-5,
-    kill_longest_first_token_s=3.6, kill_said=["a peer is gone"], left_behind=[], seconds={"cluster": 8.0},
-    machine={"cores": 2, "device": "cpu"}, commit="abc",
+    kill_longest_first_token_s=3.6, kill_said=["a peer is gone"], ttft_from_zero_s=0.125, zero_first_s=0.2, zero_outputs=4,
+    zero_equal=4, zero_logprob_max_abs_diff=5e-5, zero_blocks_wanted=124, zero_blocks_hit=124, left_behind=[],
+    seconds={"cluster": 8.0}, machine={"cores": 2, "device": "cpu"}, commit="abc",
 )  # fmt: skip
 
 
@@ -98,6 +100,10 @@ def test_a_good_run_has_no_shortfall() -> None:
         ({"survived_kill": False, "kill_equal": 6}, "6 of 7"),
         ({"ttft_warm_join_s": 3.6}, "no faster"),
         ({"blocks_hit": 100}, "100 of 124"),
+        ({"zero_equal": 3}, "only 3 of 4 requests"),
+        ({"zero_outputs": 0, "zero_equal": 0}, "only 0 of 0 requests"),
+        ({"zero_blocks_hit": 31}, "31 of 124 blocks came from disk"),
+        ({"ttft_from_zero_s": 3.5}, "no sooner"),
         ({"left_behind": ["process 7 (raylet)"]}, "process 7 (raylet)"),
     ],
 )
@@ -112,6 +118,12 @@ def test_each_broken_promise_is_a_shortfall_that_the_table_tells(changes: dict[s
 def test_the_table_names_times_blocks_donors_and_the_kill() -> None:
     text = table(GOOD)
     for phrase in ("3.500 s", "50 x sooner", "124 of 124", "248 MiB", "124 from host A", "18 of 18", "7 of 7", "nothing"):
+        assert phrase in text
+
+
+def test_the_table_names_what_came_from_disk_after_scale_to_zero() -> None:
+    text = table(but(zero_blocks_hit=93))
+    for phrase in ("28 x sooner", "93 of 124 blocks from disk", "4 of 4 answered right"):
         assert phrase in text
 
 
