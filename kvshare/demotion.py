@@ -73,8 +73,9 @@ class Demotion:
                     if len(running) >= self._way.writers:
                         _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                     running.add(self._start(self._write(batch)))
-                if running:
-                    await asyncio.wait(running)
+                # Ours, and what the queue's writers have in hand: it counts as missing until it is there.
+                if self._tasks:
+                    await asyncio.wait(set(self._tasks))
         except TimeoutError:
             log.warning("kvshare: not all blocks could be kept in time")
 

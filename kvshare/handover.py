@@ -87,6 +87,8 @@ class Handover:
         end = began + max(0.0, seconds)
         await self._quiet(began + seconds * LEAVE_SHARE)
         self.closed = True
+        while self._saves()[1] and time.monotonic() < began + seconds / 2:
+            await asyncio.sleep(LOOK_SECONDS)  # slots that were reserved before: their blocks are ours yet
         tiers = self._node.memory.tiers
         # For reads that are on their way here when the last block has moved.
         linger = min(2 * self._node.settings.lookup_seconds, seconds / 4) if to_peers and self._peers() else 0.0
