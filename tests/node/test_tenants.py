@@ -120,15 +120,16 @@ def test_a_copy_on_another_node_ends_with_its_original(cluster: Cluster, tmp_pat
 
 
 def test_warm_up_copies_end_with_their_originals(cluster: Cluster, tmp_path: Path) -> None:
-    cluster.start_directory()
+    directory = cluster.start_directory()
     one = cluster.host("a", tenants_file=file_of(tmp_path, ttl_seconds=1000)).start()
     with one.connect() as here:
         save(here, "acme")
-        assert eventually(lambda: cluster.directory is not None and here.match(TOKENS, tenant="acme") == len(TOKENS))
+        assert eventually(lambda: here.match(TOKENS, tenant="acme") == len(TOKENS))
+        assert eventually(lambda: directory.status().counters["hot_keys"] == BLOCKS)
         two = cluster.host("b").start()
         with two.connect() as there:
-            there.wait_warm(10.0)
-            assert eventually(lambda: load(there, "acme") == BLOCKS)
+            assert there.wait_warm(10.0).pulled == BLOCKS
+            assert load(there, "acme") == BLOCKS
             assert two.node is not None and two.node.memory.lookup(key_of("acme", 0)) is not None
             assert end_of(two) == end_of(one) > 0
 
