@@ -106,6 +106,23 @@ BARS: tuple[Bar, ...] = (
     # A hundred seeded rounds of kill -9 during saves, evictions, promotions and drains.
     Bar("recovery_wrong_blocks", "bench_recovery.py", "<=", 0, "blocks", 4),
     Bar("recovery_back_share", "bench_recovery.py", ">=", 0.99, "ratio", 4),
+    # A joiner's first 200 requests on a trace, over the best plan there is, and over what a trace's own statistics make of it.
+    Bar("joiner_hit_over_oracle", "bench_warm.py", ">=", 0.85, "ratio", 5),
+    Bar("joiner_hit_over_informed", "bench_warm.py", ">=", 0.95, "ratio", 5),
+    # The directory's index, one core: block operations on a trace; a prompt of 8,192 blocks among 50 million memberships; bytes
+    # with all slack; the longest addition; ten million memberships from inventories. And beside Dynamo's RadixTree.
+    Bar("index_lookup_mops", "bench_index.py", ">=", 10, "M/s", 5),
+    Bar("index_publish_mops", "bench_index.py", ">=", 10, "M/s", 5),
+    Bar("index_bytes_per_membership", "bench_index.py", "<=", 24, "bytes", 5),
+    Bar("index_lookup_128k_p50_us", "bench_index.py", "<=", 200, "us", 5),
+    Bar("index_lookup_128k_p99_us", "bench_index.py", "<=", 1000, "us", 5),
+    Bar("index_growth_pause_ms", "bench_index.py", "<=", 10, "ms", 5),
+    Bar("index_rebuild_10m_seconds", "bench_index.py", "<=", 10, "s", 5),
+    Bar("index_lookup_over_radix", "bench_index_radix.py", ">=", 10, "ratio", 5),
+    Bar("index_publish_over_radix", "bench_index_radix.py", ">=", 10, "ratio", 5),
+    # Who sends requests where: a decision among 100 replicas; the trace on eight replicas, over the best other policy.
+    Bar("routing_p99_ms", "bench_routing.py", "<=", 1.0, "ms", 5),
+    Bar("routing_ttft_over_best_other", "bench_routing.py", "<=", 1.0, "ratio", 5),
     # First token after scale to zero: blocks come from the disk of a node that has started again.
     Bar("ttft_disk_over_prefix_hit", "bench_zero.py", "<=", 2.5, "ratio", 4),
 )

@@ -1,7 +1,8 @@
-"""How much one directory carries: the in-memory index by itself, and the state machine with decoding and encoding.
+"""How much one directory carries: the state machine with its index, with decoding and encoding.
 
-Figures without bars: they say when a faster index is due. One thread, everything in this process, no sockets. Every figure is
-the median of several rounds over the same filled directory; memory is what the process grew by while it was filled.
+Figures without bars: they say when it is time for another shard; `bench_index.py` has the index by itself. One thread, in this
+process, no sockets. Every figure is the median of several rounds over the same filled directory; memory is what the
+process grew by while it was filled.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from kvshare.cluster_messages import AskPlan, Find, Join, Publish, Report, ToDir
 from kvshare.config import Settings
 from kvshare.directory import Directory
 from kvshare.directory_events import Connected, Heard, Send
-from kvshare.index import MemoryIndex
+from kvshare.index import ALL_PARTS
 from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import NodeDescription, Stored
+from kvshare.runs import Seen, keys_of, runs_of
 
 NODES = 32
 BATCH_BLOCKS = 4096  # of a publish, as a node sends them
@@ -45,11 +47,12 @@ def frames(blocks: int, names: list[bytes], source: random.Random) -> Iterator[t
     for batch, start in enumerate(range(0, blocks, BATCH_BLOCKS)):
         node = batch % NODES
         sequences[node] += 1
+        anew = ALL_PARTS if sequences[node] == 1 else 0
         stored = [
-            Stored(key, LENGTH, start + i, source.getrandbits(62) & ~1, LENGTH)
+            Stored(key, LENGTH, start + i, (7 << 32) + 2 * source.getrandbits(31), LENGTH)
             for i, key in enumerate(names[start : start + BATCH_BLOCKS])
         ]
-        yield f"n{node}", encode(Publish(f"n{node}", 1, sequences[node], sequences[node] == 1, stored, [], 0))
+        yield f"n{node}", encode(Publish(f"n{node}", 1, sequences[node], anew, False, runs_of(stored), [], 0))
 
 
 def timed(action: Callable[[], object], rounds: int) -> float:
@@ -62,21 +65,6 @@ def timed(action: Callable[[], object], rounds: int) -> float:
     return statistics.median(taken)
 
 
-def bench_index(publishes: list[tuple[str, bytes]], names: list[bytes], rounds: int, source: random.Random) -> dict[str, float]:
-    decoder = msgspec.msgpack.Decoder(Publish)
-    batches = [(node, decoder.decode(frame).stored) for node, frame in publishes]
-    wanted = source.sample(names, FIND_KEYS)  # the worst case: each from elsewhere in memory
-    blocks = sum(len(stored) for _, stored in batches)
-    added = []
-    for _ in range(rounds):
-        index = MemoryIndex(blocks)
-        added.append(timed(lambda index=index: [index.add(node, stored) for node, stored in batches], 1))  # type: ignore[misc]
-    return {
-        "directory_index_adds": blocks / statistics.median(added),
-        "directory_index_locates": FIND_KEYS / timed(lambda: index.locate(wanted, "", 3), 5 * rounds),
-    }
-
-
 class Fixture:
     """A directory with nodes that joined, driven as the server drives it: frames in, frames out."""
 
@@ -86,7 +74,7 @@ class Fixture:
         for number in range(NODES):
             self.directory.handle(Connected(number), 0.0)
             node = NodeDescription(f"n{number}", 1, f"h{number}", "10.0.0.1:1", ())
-            self.hear(number, msgspec.msgpack.encode(Join(PROTOCOL_VERSION, node, False)))
+            self.hear(number, msgspec.msgpack.encode(Join(PROTOCOL_VERSION, node, False, 0, 1)))
 
     def hear(self, number: int, frame: bytes) -> int:
         """Bytes of the answers."""
@@ -107,16 +95,16 @@ def bench_directory(
     taken = timed(lambda: [fixture.hear(int(node[1:]), frame) for node, frame in publishes], 1)
     grown = resident_bytes() - before
     start = source.randrange(len(names) - FIND_KEYS)
-    find = timed(fixture.ask(Find(1, names[start : start + FIND_KEYS])), 5 * rounds)  # a prompt's blocks came together
-    chains = [names[start : start + 256] for start in range(0, 1 << 17, 256)]
+    find = timed(fixture.ask(Find(1, keys_of(names[start : start + FIND_KEYS]))), 5 * rounds)  # a prompt's blocks came together
+    chains = [Seen(keys_of(names[start : start + 256])[0]) for start in range(0, 1 << 17, 256)]
     hot = timed(fixture.ask(Report(chains)), rounds)
-    plan = timed(fixture.ask(AskPlan(1, FAMILY, 1024 * LENGTH, 30.0, False)), rounds)
+    plan = timed(fixture.ask(AskPlan(1, FAMILY, 1024 * LENGTH, 30.0, False, {})), rounds)
     assert fixture.directory.status().keys == len(names)
     return {
         "directory_publishes": len(names) / taken,
         "directory_finds": FIND_KEYS / find,
         "directory_find_128k_ms": find * 1e3,
-        "directory_reports": sum(map(len, chains)) / hot,
+        "directory_reports": sum(len(chain.keys) for chain in chains) / hot,
         "directory_plan_ms": plan * 1e3,
         "directory_bytes_per_block": grown / len(names),
     }
@@ -132,7 +120,7 @@ def main() -> None:
     prefix = keys.prefix(FAMILY)
     names = [prefix + source.randbytes(32) for _ in range(blocks)]
     publishes = list(frames(blocks, names, source))
-    figures = bench_directory(publishes, names, rounds, source) | bench_index(publishes, names, rounds, source)
+    figures = bench_directory(publishes, names, rounds, source)
     detail = {"blocks": blocks, "nodes": NODES, "batch_blocks": BATCH_BLOCKS, "find_keys": FIND_KEYS, "rounds": rounds}
     report(
         {name: (value, UNITS.get(name.rsplit("_", 1)[-1], "blocks/s")) for name, value in figures.items()}, detail, options.json

@@ -1,9 +1,10 @@
 """Ray's part: it places, names, supervises and restarts; it is not on the path of a lookup or of a byte.
 
     directory actor   one per cluster: a `DirectoryServer`, and what keeps a node actor on every Ray node (`kvshare.supervisor`)
+    shard actors      the directory's further shards, where it has several: a `DirectoryServer` each
     node actor        one per Ray node: a `Node`, and a card by which that Ray node's processes find it (`kvshare.cards`)
 
-All are detached, named in the namespace "kvshare", restarted for ever. A restarted directory listens on another port; nodes
+All are detached, named in the namespace "kvshare", restarted for ever. A restarted shard listens on another port; nodes
 ask for it by the actor's name at every reconnect, and publish everything anew. A restarted node has its name from its Ray
 node, so it recovers the arena that its predecessor left. What dies with its Ray node is forgotten at once.
 
@@ -17,6 +18,7 @@ import logging
 import os
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import ray
@@ -37,11 +39,13 @@ log = logging.getLogger("kvshare")
 NAMESPACE = "kvshare"
 RESOLVE_SECONDS = 2.0  # for the directory's endpoint; a node that gets none tries again
 TAKE_OVER_SECONDS = 5.0  # a killed process keeps its lock while the kernel takes it apart
-ENGINE_IGNORES = ("bind", "port", "directory", "autostart")  # settings of a node that are nothing to its engines
+# Settings of a node that are nothing to its engines.
+ENGINE_IGNORES = ("bind", "port", "directory", "directory_shards", "autostart")
 
 
-def directory_name(cluster: str) -> str:
-    return f"{cluster}/directory"
+def directory_name(cluster: str, shard: int = 0) -> str:
+    """Of the actor that is this shard of the directory; shard 0 supervises the others."""
+    return f"{cluster}/directory/{shard}" if shard else f"{cluster}/directory"
 
 
 def node_actor_name(cluster: str, ray_node: str) -> str:
@@ -70,11 +74,11 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != cards.VARIABLE}
 
 
-def resolve_directory(cluster: str) -> str:
-    """Endpoint of the cluster's directory, "" when there is none now. Called by nodes at every reconnect."""
+def resolve_directory(cluster: str, shard: int = 0) -> str:
+    """Endpoint of one shard of the cluster's directory, "" when there is none now. Called by nodes at every reconnect."""
     try:
-        directory = ray.get_actor(directory_name(cluster), NAMESPACE)
-        return str(ray.get(directory.endpoint.remote(), timeout=RESOLVE_SECONDS))
+        actor = ray.get_actor(directory_name(cluster, shard), NAMESPACE)
+        return str(ray.get(actor.endpoint.remote(), timeout=RESOLVE_SECONDS))
     except (ValueError, ray.exceptions.RayError):
         return ""
 
@@ -140,7 +144,7 @@ class NodeActor:
     def _started(self) -> Node:
         deadline = time.monotonic() + TAKE_OVER_SECONDS
         while True:
-            node = Node(self._settings, lambda: resolve_directory(self._settings.cluster))
+            node = Node(self._settings, partial(resolve_directory, self._settings.cluster))
             try:
                 node.start()
                 return node

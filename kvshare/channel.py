@@ -156,7 +156,7 @@ class Channel:
             try:
                 while self._lost is None:
                     self._turn(selector, inbox)
-            except (OSError, ProtocolError, msgspec.DecodeError) as error:
+            except (OSError, ProtocolError, msgspec.MsgspecError, UnicodeDecodeError) as error:
                 self._lose(f"the node's connection broke: {error}")
         with self._lock:
             assert self._lost is not None

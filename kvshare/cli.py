@@ -65,7 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     node = command("node", _node, "run this host's node until it is stopped")
     node.add_argument("--autostarted", action="store_true", help="end when there were no sessions for idle_exit_seconds")
     node.add_argument("--keep-arena", action="store_true", help="leave the arena's files for the next node when stopped")
-    command("directory", _directory, "run the cluster's directory until it is stopped; prints its 'host:port'")
+    directory = command("directory", _directory, "run the cluster's directory until it is stopped; prints its 'host:port'")
+    directory.add_argument(
+        "--shard", type=int, default=0, metavar="NUMBER", help="which of 'directory_shards' it is, from 0 (default: 0)"
+    )
     status = command("status", _status, "say what this host's node holds and whom it serves")
     status.add_argument("--json", action="store_true", help="as JSON")
     command("stop", _stop, "stop this host's node at once and give its memory back")
@@ -154,11 +157,16 @@ def _node(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
-def _directory(settings: Settings, _options: argparse.Namespace) -> int:
+def _directory(settings: Settings, options: argparse.Namespace) -> int:
     from kvshare.directory_server import DirectoryServer
 
+    shards = settings.directory_shards
+    if not 0 <= options.shard < shards:
+        raise ConfigError(
+            f"option '--shard' cannot be {options.shard}: the directory has {shards} (setting 'directory_shards'), from 0."
+        )
     _log_to_stderr()
-    server = DirectoryServer(settings)
+    server = DirectoryServer(settings, options.shard, shards)
     try:
         with _until_signalled():
             with _main_thread_hears():

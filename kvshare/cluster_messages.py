@@ -10,46 +10,52 @@ from typing import Union
 
 from kvshare.keys import Namespace
 from kvshare.messages import Message
-from kvshare.places import GroupPlan, Location, NodeDescription, Stored, WarmItem
+from kvshare.overlap import Held
+from kvshare.places import GroupPlan, NodeDescription, WarmItem
 from kvshare.purge import NodePurge, PurgeScope
+from kvshare.runs import Keys, Places, Run, Seen
 
 # --- node -> directory ----------------------------------------------------------------------------------------------
 
 
 class Join(Message, frozen=True):
     """First message of a node; again whenever its description changes (a new region). ``capable``: it may be asked
-    to `Host`."""
+    to `Host`. ``shard`` of ``shards``: as which part of the directory it takes the one that it speaks to."""
 
     version: int
     node: NodeDescription
     capable: bool
+    shard: int
+    shards: int
 
 
 class Publish(Message, frozen=True):
-    """What changed since sequence - 1. ``full``: forget what you had of me, this is all (sequence starts anew at it);
-    a long inventory comes as one full message and ordinary ones behind it. ``free_bytes``: room that is left for more, without
-    pushing anything out."""
+    """What changed since sequence - 1: first ``removed``, then ``stored``. ``anew``: a bit for each part of the index of which
+    you forget first what you had of me; what I hold there follows, in this message and in those behind it up to the one that
+    has no ``more``. The sequence starts anew where all parts do. ``free_bytes``: room that is left for more, without pushing
+    anything out."""
 
     node: str
     epoch: int
     sequence: int
-    full: bool
-    stored: list[Stored]
-    removed: list[bytes]
+    anew: int
+    more: bool
+    stored: list[Run]
+    removed: list[Keys]
     free_bytes: int
 
 
 class Find(Message, frozen=True):
-    """Answered by `Found`."""
+    """Where are these keys? Answered by `Found`."""
 
     ask: int
-    keys: list[bytes]
+    keys: list[Keys]
 
 
 class Report(Message, frozen=True):
-    """Chains that engines looked up: ``keys`` in order of the chain, ``weight`` lookups (decayed counts add up)."""
+    """Chains that engines looked up, once each (decayed counts add up)."""
 
-    chains: list[list[bytes]]
+    chains: list[Seen]
 
 
 class Declare(Message, frozen=True):
@@ -61,13 +67,14 @@ class Declare(Message, frozen=True):
 
 class AskPlan(Message, frozen=True):
     """What should this node pull to be warm for ``family``? Answered by `Plan`, with ``group`` (it would take part in one) up
-    to ``warm_gather_seconds`` later."""
+    to ``warm_gather_seconds`` later. ``rates``: bytes per second at which it read from nodes' memory lately, where it did."""
 
     ask: int
     family: bytes
     bytes_max: int
     seconds_max: float
     group: bool
+    rates: dict[str, float]
 
 
 class Hosted(Message, frozen=True):
@@ -79,10 +86,13 @@ class Hosted(Message, frozen=True):
 
 class Leave(Message, frozen=True):
     """I am about to end: have what only I hold taken by others, within ``seconds``. Answered by `Left`. From now on I get no
-    plans and nothing to take, and nobody is sent to me for what others have as well."""
+    plans and nothing to take, and nobody is sent to me for what others have as well. ``keys``: what I hold, in the order in
+    which I would keep it; with ``more`` it goes on in another `Leave` of the same ``ask``."""
 
     ask: int
     seconds: float
+    keys: list[Keys]
+    more: bool
 
 
 class Taken(Message, frozen=True):
@@ -107,7 +117,11 @@ class Erased(Message, frozen=True):
 
 
 class Beat(Message, frozen=True):
-    """I am alive."""
+    """I am alive, have published up to ``sequence``, and hold what has these ``digests`` (`kvshare.index.Index.digests`,
+    uint64 each; empty: I do not say)."""
+
+    sequence: int
+    digests: bytes
 
 
 class AskDirectory(Message, frozen=True):
@@ -116,7 +130,37 @@ class AskDirectory(Message, frozen=True):
     ask: int
 
 
-ToDirectory = Union[Join, Publish, Find, Report, Declare, AskPlan, Hosted, Leave, Taken, AskPurge, Erased, Beat, AskDirectory]
+class AskDepths(Message, frozen=True):
+    """Who holds how much of this chain (or of its keys that are this shard's)? From anybody, joined or not. Answered by
+    `Depths`. Without keys: I am alive."""
+
+    ask: int
+    keys: list[Keys]
+
+
+class AskNamespaces(Message, frozen=True):
+    """Of which namespaces have engines attached? From anybody, joined or not. Answered by `Namespaces`."""
+
+    ask: int
+
+
+ToDirectory = Union[
+    Join,
+    Publish,
+    Find,
+    Report,
+    Declare,
+    AskPlan,
+    Hosted,
+    Leave,
+    Taken,
+    AskPurge,
+    Erased,
+    Beat,
+    AskDirectory,
+    AskDepths,
+    AskNamespaces,
+]
 
 
 # --- directory -> node ----------------------------------------------------------------------------------------------
@@ -139,8 +183,8 @@ class PurgeDone(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """Answer to the first `Join`: who is here, and the purges that this node missed. The node then publishes everything
-    else."""
+    """Answer to the first `Join`: who is here, and the purges that this node missed. The node publishes when it is asked to, by
+    `Resync`: so many that start at once do not come at once."""
 
     epoch: int  # of the directory
     nodes: list[NodeDescription]
@@ -160,14 +204,16 @@ class NodeLost(Message, frozen=True):
 
 
 class Resync(Message, frozen=True):
-    """Your sequence has a gap: publish everything."""
+    """Publish ``parts`` of the index anew (a bit each): it is your turn, your sequence has a gap, or we differ there."""
+
+    parts: int
 
 
 class Found(Message, frozen=True):
-    """Locations of each key, best first; empty where unknown."""
+    """Where the first of the keys are; what lies beyond the answer is unknown."""
 
     ask: int
-    locations: list[list[Location]]
+    places: Places
 
 
 class Declared(Message, frozen=True):
@@ -222,6 +268,34 @@ class DirectoryStatus(Message, frozen=True):
     counters: dict[str, int]
 
 
+class Depths(Message, frozen=True):
+    """Answer to `AskDepths`, by node: each holds the first of these keys."""
+
+    ask: int
+    nodes: dict[str, Held]
+
+
+class Namespaces(Message, frozen=True):
+    """Answer to `AskNamespaces`: the most recently declared, latest last."""
+
+    ask: int
+    namespaces: list[Namespace]
+
+
 FromDirectory = Union[
-    Welcome, Erase, PurgeDone, NodeJoined, NodeLost, Resync, Found, Declared, Plan, Host, Take, Left, DirectoryStatus
+    Welcome,
+    Erase,
+    PurgeDone,
+    NodeJoined,
+    NodeLost,
+    Resync,
+    Found,
+    Declared,
+    Plan,
+    Host,
+    Take,
+    Left,
+    DirectoryStatus,
+    Depths,
+    Namespaces,
 ]

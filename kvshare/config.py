@@ -25,6 +25,7 @@ from kvshare.places import GROUP_RANKS_MAX
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PREFIX = "KVSHARE_"
 PACE_MIN = 10**6  # bytes/s: slower, what the kernel buffers takes longer than a peer waits for progress
+DIRECTORY_SHARDS_MAX = 64
 TRANSPORTS = ("shm", "process", "nixl", "tcp")
 LEAVE_SHARE = 1 / 4  # of `drain_seconds`: an engine that ends saves so long what it has queued, and its node waits for that
 ADMISSIONS = ("used", "all")
@@ -51,13 +52,14 @@ class Settings:
     shm_dir: str = "/dev/shm"
     arena_bytes: int = 4 * GIB  # ceiling of the host arena; it grows to it chunk by chunk
     arena_chunk_bytes: int = 64 * MIB  # the step by which it grows
-    index_keys_max: int = 8_000_000  # keys that a directory holds before it refuses new ones
+    index_keys_max: int = 8_000_000  # keys that a directory, or each shard of it, holds before it refuses new ones
 
     # Network. Whoever runs more than one host changes these.
     secret: str = dataclasses.field(default="", repr=False)  # shared by the cluster; without it nothing listens on TCP
     bind: str = "127.0.0.1"  # address that peers reach this host by
     port: int = 0  # control port; 0 takes a free one
-    directory: str = ""  # "host:port" of the directory; empty: this host is alone
+    directory: str = ""  # "host:port" of the directory, of its shards in order with commas between; empty: this host is alone
+    directory_shards: int = 1  # into so many the directory is divided by key: processes `kvshare directory`, or Ray actors
     transports: tuple[str, ...] = TRANSPORTS  # in order of preference
     tcp_streams: int = 2  # data connections to one peer
     tcp_bytes_per_second: int = 0  # sent over one data connection at most; 0: without limit
@@ -92,7 +94,7 @@ class Settings:
     # Warm join. Whoever scales the fleet changes these.
     warm_bytes: int = 2 * GIB
     warm_seconds: float = 30.0
-    hot_half_life_seconds: float = 600.0
+    hot_half_life_seconds: float = 300.0
     warm_group_ranks: int = 0  # so many joiners at once are given their blocks by one broadcast; 0: each by reads of its own
     warm_gather_seconds: float = 1.0  # a joiner waits this long for the others
 
@@ -133,6 +135,11 @@ class Settings:
         settings = cls(**values)
         settings._validate()
         return settings
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """Endpoints of the directory's shards, in order; empty: this host is alone, or Ray knows them."""
+        return tuple(endpoint.strip() for endpoint in self.directory.split(",")) if self.directory else ()
 
     @property
     def socket_path(self) -> str:
@@ -195,19 +202,29 @@ class Settings:
         _require(self.disk_threads <= 64, "disk_threads", self.disk_threads, "use 1 to 64")
         url = re.fullmatch(r"(s3://[^/\s]+(/\S*)?|file:///\S+|)", self.object_url)
         _require(url is not None, "object_url", self.object_url, "use 's3://bucket/prefix' or 'file:///folder'")
-        if self.directory:
-            _require(re.fullmatch(r"\S+:\d{1,5}", self.directory) is not None, "directory", self.directory, "use 'host:port'")
-            _require(
-                len(self.secret) >= 16,
-                "secret",
-                "*" * len(self.secret),
-                "a cluster needs a secret of 16 characters or more, the same on every host",
-            )
+        self._validate_directory()
         _require(
             len(self.socket_path.encode()) < 104,
             "runtime_dir",
             self.runtime_dir,
             "choose a shorter path: a socket's name holds 103 bytes",
+        )
+
+    def _validate_directory(self) -> None:
+        most = DIRECTORY_SHARDS_MAX
+        _require(1 <= self.directory_shards <= most, "directory_shards", self.directory_shards, f"use 1 to {most}")
+        if not self.directory:
+            return
+        endpoints = self.directories
+        spelled = all(re.fullmatch(r"[^\s,]+:\d{1,5}", endpoint) for endpoint in endpoints)
+        _require(spelled, "directory", self.directory, "use 'host:port', with commas between those of several shards")
+        different = len(set(endpoints)) == len(endpoints) <= most
+        _require(different, "directory", self.directory, f"name 1 to {most} shards, each once")
+        _require(
+            len(self.secret) >= 16,
+            "secret",
+            "*" * len(self.secret),
+            "a cluster needs a secret of 16 characters or more, the same on every host",
         )
 
 

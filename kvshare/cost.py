@@ -84,6 +84,14 @@ class Rates:
             return 0.0
         return rate.value
 
+    def of_nodes(self, now: float) -> dict[str, float]:
+        """Bytes per second from each node's memory, where that was measured lately."""
+        known: dict[str, float] = {}
+        for (node, kind), rate in self._rates.items():
+            if kind != DISK and not rate.rough and now - rate.at < FRESH_SECONDS:
+                known[node] = max(known.get(node, 0.0), rate.value)
+        return known
+
     def measured_at(self, source: Source) -> float:
         """When its rate was last observed; 0 where it never was."""
         rate = self._rates.get(source)

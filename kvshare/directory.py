@@ -1,36 +1,45 @@
 """The cluster's directory as a pure state machine: events in, commands out, time is an argument.
 
-    Connected ─> Heard(Join) ──────────> Welcome to it, NodeJoined to the others
-                 Heard(Publish full) ──> its inventory is replaced
-                 Heard(Publish) ───────> its inventory changes, if the sequence has no gap; else Resync
-                 Heard(Find, AskPlan, Declare, AskDirectory) ──> an answer
+    Connected ─> Heard(Join) ──────────> Welcome to it, NodeJoined to the others; Resync when it is its turn
+                 Heard(Publish, Beat) ─> what it holds (`kvshare.inventories`), else Resync
+                 Heard(Find) ──────────> Found (`kvshare.finding`)
                  Heard(Report) ────────> what is hot
+                 Heard(AskPlan) ───────> a Plan; or Host to a donor, Heard(Hosted) ──> a Plan to each (`kvshare.planning`)
+                 Heard(Leave) ─────────> Take to peers, Heard(Taken) ──> Left (`kvshare.leaving`)
                  Heard(AskPurge) ──────> Erase to all, Heard(Erased) ──> PurgeDone to the asker (`kvshare.purge_rounds`)
-                 Heard(AskPlan ...) ───> Host to a donor, Heard(Hosted) ──> a Plan to each of a group (`kvshare.planning`)
+                 Heard(Declare, AskDirectory, AskNamespaces) ──> an answer; AskDepths ──> Depths (`kvshare.overlap`)
     Disconnected, Lost, Tick past the heartbeat ──> its inventory is forgotten, NodeLost to the others
+
+A cluster has one of these, or several: shards, each complete for the keys that belong to it (`kvshare.index.shard_of`), each
+with all nodes. What concerns the cluster as a whole, purges and namespaces, is the affair of shard 0, the head.
 
 Nothing here is kept anywhere else: a directory that starts anew is filled by its nodes within a publish of each. A stale
 entry costs a reader one failed validation, so the directory may be late but must not be wrong for long: inventories follow
 sequence numbers, and whoever ends a connection is forgotten at once (coming back means publishing everything again).
 
-Events name connections, not nodes: a node may have two for a while, the broken one and its successor.
+Events name connections, not nodes: a node may have two for a while, the broken one and its successor. Whoever sends what
+cannot be is closed, with a reason; everything else goes on.
 
 Threads: none; one caller. `kvshare.directory_server` puts sockets around it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from itertools import islice
 
 from kvshare.cluster_messages import (
+    AskDepths,
     AskDirectory,
+    AskNamespaces,
     AskPlan,
     AskPurge,
     Beat,
     Declare,
     Declared,
+    Depths,
     DirectoryStatus,
     Erased,
     Find,
@@ -38,97 +47,111 @@ from kvshare.cluster_messages import (
     Hosted,
     Join,
     Leave,
+    Namespaces,
     NodeJoined,
     NodeLost,
     Publish,
     Report,
-    Resync,
     Taken,
     Welcome,
 )
 from kvshare.config import Settings
 from kvshare.directory_events import Broadcast, Close, Command, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
+from kvshare.finding import Finder
 from kvshare.gate import TenantRegions
 from kvshare.hotness import Hotness
-from kvshare.index import Index, MemoryIndex
-from kvshare.keys import KEY_BYTES_MAX, PREFIX_BYTES, Namespace
+from kvshare.index import ALL_PARTS, CompactIndex, Index, index_seed
+from kvshare.inventories import Inventories
+from kvshare.keys import Namespace
 from kvshare.leaving import Leavings, Taker
-from kvshare.members import Members, Peer
+from kvshare.members import Members, Misbehaved, Peer, require_keys
 from kvshare.messages import PROTOCOL_VERSION, Message
-from kvshare.places import DISK, Location, NodeDescription
+from kvshare.overlap import held_by
+from kvshare.places import NodeDescription
 from kvshare.planning import Planner
 from kvshare.purge_rounds import PurgeRounds
 
 HEARTBEATS_MISSED_MAX = 3
+LATE_SECONDS_MIN = 1.0  # a tick that comes so much too late, or a heartbeat: it was the directory that slept
+LATE_HEARTBEATS = 1.5  # then everybody is given time for one more heartbeat and its way
+ROUNDING_SECONDS = 1e-6
 HOT_KEYS_MAX = 1 << 18  # at 16 tokens a block: the hottest four million tokens
-FIND_KEYS_MAX = 1 << 16  # answered in one message; the rest is said to be unknown
-FOUND_LOCATIONS_MAX = 3
 NAMESPACES_MAX = 256  # the most recently declared
 NAMESPACES_TOLD_MAX = 3
 
 
-class _Misbehaved(Exception):
-    """The connection broke the protocol; the text says how."""
-
-
 class Directory:
     """See the module's docstring. ``epoch`` tells this start of the directory from others. ``tenants``: the regions that they
-    are bound to; None: nobody is."""
+    are bound to; None: nobody is. ``shard`` of ``shards``: which of them this is."""
 
     def __init__(
-        self, settings: Settings, epoch: int = 1, index: Index | None = None, tenants: TenantRegions | None = None
+        self,
+        settings: Settings,
+        epoch: int = 1,
+        index: Index | None = None,
+        tenants: TenantRegions | None = None,
+        shard: int = 0,
+        shards: int = 1,
     ) -> None:
+        assert 0 <= shard < shards
         self._settings = settings
         self._epoch = epoch
-        self._index: Index = MemoryIndex(settings.index_keys_max) if index is None else index
+        self._shard, self._shards = shard, shards
+        if index is None:
+            index = CompactIndex(settings.index_keys_max, index_seed(settings.secret))
+        self._index: Index = index
+        self._clock = _Clock()
         self._hotness = Hotness(settings.hot_half_life_seconds, HOT_KEYS_MAX)
         self._patience_seconds = HEARTBEATS_MISSED_MAX * settings.heartbeat_seconds
         self._counters: Counter[str] = Counter()
         self._members = Members(tenants)
+        self._inventories = Inventories(self._index, self._counters, settings.index_keys_max)
         self._leavings = Leavings(self._index, self._stays, self._takers, self._may_hold)
+        self._finder = Finder(self._index, self._members, self._leavings)
         self._planner = Planner(settings, self._index, self._hotness, self._members, self._leavings, self._counters)
         self._purges = PurgeRounds(epoch)
         self._namespaces: OrderedDict[bytes, Namespace] = OrderedDict()  # by family, latest last
 
     def next_deadline(self) -> float | None:
-        """When the caller should `Tick` if nothing happens before; None while nobody is connected."""
+        """When the caller should `Tick` if nothing happens before; None while there is nothing to wait for."""
         deadlines = [peer.heard + self._patience_seconds for peer in islice(self._members.peers.values(), 1)]
-        return min(
-            [*deadlines, *self._planner.deadlines(), *self._purges.deadlines(), *self._leavings.deadlines()], default=None
-        )
+        for part in (self._inventories, self._planner, self._purges, self._leavings):
+            deadlines += part.deadlines()
+        return self._clock.of_caller(min(deadlines)) if deadlines else None
 
     def status(self, ask: int = 0) -> DirectoryStatus:
         """Who is here and how much is known."""
-        counters = {**self._counters, "locations": self._index.locations(), "hot_keys": len(self._hotness)}
+        counters = {
+            **self._counters,
+            "locations": self._index.locations(),
+            "hot_keys": len(self._hotness),
+            "inventories_waiting": self._inventories.waiting,
+        }
         return DirectoryStatus(
             ask, self._epoch, list(map(self._members.description, self._members.nodes)), len(self._index), counters
         )
 
     def check(self) -> list[str]:
         """Problems found, one sentence each; empty when all is well."""
-        problems = self._index.check() + self._hotness.check() + self._leavings.check()
+        parts = (self._index, self._hotness, self._members, self._inventories, self._leavings)
+        problems = [problem for part in parts for problem in part.check()]
         problems += [f"the index names {name}, which is not here" for name in self._index.nodes() - self._members.nodes.keys()]
-        for name, peer in self._members.nodes.items():
-            if self._members.peers.get(peer.connection) is not peer:
-                problems.append(f"node {name} has no connection")
-            if peer.description is None or peer.description.node != name:
-                problems.append(f"node {name} is described as {peer.description}")
-        joined = sum(peer.description is not None for peer in self._members.peers.values())
-        if joined != len(self._members.nodes):
-            problems.append(f"{joined} connections joined, {len(self._members.nodes)} nodes are known")
         problems += [f"connection {gone} waits for a group" for gone in self._planner.waiting() - self._members.peers.keys()]
         problems += [
             f"connection {gone} is part of a purge" for gone in self._purges.connections() - self._members.peers.keys()
         ]
-        heard = [peer.heard for peer in self._members.peers.values()]
-        if heard != sorted(heard):
-            problems.append("connections are out of the order in which they were heard")
         return problems
 
     # --- events -------------------------------------------------------------------------------------------------------
 
     def handle(self, event: Event, now: float) -> list[Command]:
-        """Take one event; returns what is to be done, in this order. ``now`` in seconds, never going back."""
+        """Take one event; returns what is to be done, in this order. ``now`` in seconds; where it goes back, time goes on from
+        the latest that was given."""
+        back = self._clock.take(now)
+        said: list[Command] = [Tell("the directory's clock went back: time goes on from where it was")] if back else []
+        return said + self._handle(event, self._clock.now)
+
+    def _handle(self, event: Event, now: float) -> list[Command]:
         match event:
             case Heard(connection=connection, message=message):
                 return self._heard(connection, message, now)
@@ -138,10 +161,10 @@ class Directory:
                 return []
             case Disconnected(connection=connection):
                 peer = self._members.peers.get(connection)
-                return [] if peer is None else self._forget(peer)
+                return [] if peer is None else self._forget(peer, now)
             case Lost(node=name):
                 peer = self._members.nodes.get(name)
-                return [] if peer is None else self._part(peer, f"node {name} is said to be dead")
+                return [] if peer is None else self._part(peer, f"node {name} is said to be dead", now)
             case Tick():
                 return self._tick(now)
 
@@ -149,123 +172,157 @@ class Directory:
         peer = self._members.peers.get(connection)
         if peer is None:
             return []  # closed by us; this was on its way
-        peer.heard = now
-        self._members.peers.move_to_end(connection)
+        self._members.heard(peer, now)
         try:
             match message:
                 case Join():
-                    return self._join(peer, message)
+                    return self._join(peer, message, now)
                 case AskDirectory(ask=ask):
                     return [Send(connection, self.status(ask))]
+                case AskNamespaces(ask=ask):
+                    return [Send(connection, Namespaces(ask, list(self._namespaces.values())))]
+                case AskDepths(ask=ask, keys=wanted):
+                    require_keys(message, wanted)
+                    self._counters["depths"] += bool(wanted)
+                    return [Send(connection, Depths(ask, held_by(self._index, wanted, self._kind_of)))]
             if peer.description is None:
-                raise _Misbehaved(f"sent {type(message).__name__} before it joined")
+                raise Misbehaved(f"sent {type(message).__name__} before it joined")
             return self._heard_from_node(peer, peer.description, message, now)
-        except _Misbehaved as error:
-            return self._part(peer, f"{_name(peer)} {error}")
+        except Misbehaved as error:
+            return self._part(peer, f"{peer.name} {error}", now)
 
     def _heard_from_node(self, peer: Peer, node: NodeDescription, message: Message, now: float) -> list[Command]:
         match message:
             case Publish():
-                return self._publish(peer, node, message)
+                return self._inventories.publish(peer, message, now)
+            case Beat():
+                return self._inventories.beat(peer, message, now)
             case Find(ask=ask, keys=wanted):
-                return [Send(peer.connection, Found(ask, self._find(node, wanted)))]
+                require_keys(message, wanted)
+                self._counters["finds"] += 1
+                return [Send(peer.connection, Found(ask, self._finder.find(node, wanted)))]
             case Report(chains=chains):
                 self._counters["reports"] += 1
                 for chain in chains:
-                    _require_keys(chain)
+                    if not chain.well_formed():
+                        raise Misbehaved("sent a Report of a malformed chain")
                     self._hotness.touch(chain, now)
                 return []
             case AskPlan():
                 return self._planner.ask(peer, message, now)
             case Hosted():
                 return self._planner.hosted(peer, message, now)
-            case AskPurge():
-                return self._purge(peer, message, now)
             case Erased():
                 return _sends(self._purges.erased(peer.connection, message))
             case Leave():
-                self._counters["leaves"] += 1
-                hottest = self._hotness.hottest_of(self._index.held_by(node.node))
-                return self._leavings.begin(node.node, peer.connection, message, hottest, now)
+                return self._leave(peer, node.node, message, now)
             case Taken(ask=ask):
                 return self._leavings.taken(node.node, ask, now)
+            case AskPurge() | Declare() if self._shard != 0:
+                raise Misbehaved(f"sent {type(message).__name__} to shard {self._shard}: that is the affair of shard 0")
+            case AskPurge():
+                return self._purge(peer, message, now)
             case Declare(ask=ask, namespace=namespace):
                 return [Send(peer.connection, Declared(ask, self._declare(namespace)))]
-            case Beat():
-                overdue = peer.sequence is None and now - peer.asked >= self._settings.heartbeat_seconds
-                return self._ask_all(peer) if overdue else []
-        raise _Misbehaved(f"sent {type(message).__name__}, which is no message to a directory")
+        raise Misbehaved(f"sent {type(message).__name__}, which is no message to a directory")
 
     def _tick(self, now: float) -> list[Command]:
         commands: list[Command] = []
+        peers = self._members.peers
+        if peers:
+            late = now - next(iter(peers.values())).heard - self._patience_seconds
+            if late > max(LATE_SECONDS_MIN, self._settings.heartbeat_seconds):
+                # What the others said meanwhile lies in our sockets; the connections of the dead end by themselves.
+                self._members.heard_all(now - self._patience_seconds + LATE_HEARTBEATS * self._settings.heartbeat_seconds)
+                commands.append(Tell(f"the directory slept for {late:.0f} s, or its clock jumped: nobody counts as dead yet"))
         # next_deadline's own sum: a difference could round to just below the patience, and a caller that ticks at the
         # deadline would tick again and again.
-        while self._members.peers and (peer := next(iter(self._members.peers.values()))).heard + self._patience_seconds <= now:
-            commands += self._part(peer, f"{_name(peer)} was not heard of for {self._patience_seconds} s")
-        return commands + self._planner.tick(now) + _sends(self._purges.overdue(now)) + self._leavings.tick(now)
+        while peers and (peer := next(iter(peers.values()))).heard + self._patience_seconds <= now:
+            commands += self._part(peer, f"{peer.name} was not heard of for {self._patience_seconds} s", now)
+        commands += self._inventories.tick(now) + self._planner.tick(now)
+        return commands + _sends(self._purges.overdue(now)) + self._leavings.tick(now)
 
     # --- who is here --------------------------------------------------------------------------------------------------
 
-    def _join(self, peer: Peer, join: Join) -> list[Command]:
+    def _join(self, peer: Peer, join: Join, now: float) -> list[Command]:
         if join.version != PROTOCOL_VERSION:
-            raise _Misbehaved(f"speaks protocol {join.version}, we speak {PROTOCOL_VERSION}: run one version of kvshare")
+            raise Misbehaved(f"speaks protocol {join.version}, we speak {PROTOCOL_VERSION}: run one version of kvshare")
+        if (join.shard, join.shards) != (self._shard, self._shards):
+            raise Misbehaved(
+                f"takes this for shard {join.shard} of {join.shards}, it is shard {self._shard} of {self._shards}: name all "
+                "shards in their order on every host (setting 'directory')"
+            )
         node, peer.capable = join.node, join.capable
+        self._finder.changed()
         if peer.description is not None:
-            return self._describe_anew(peer, peer.description, node)
+            return self._describe_anew(peer, peer.description, node, now)
         commands: list[Command] = []
         rival = self._members.nodes.get(node.node)
         if rival is not None:
             if node.epoch < self._members.description(node.node).epoch:
                 # Were it a restart whose old connection lingers, the heartbeat ends that one soon.
-                raise _Misbehaved(f"wants the name {node.node!r} of a later start: give every host its own 'node_name'")
+                raise Misbehaved(f"wants the name {node.node!r} of a later start: give every host its own 'node_name'")
             commands.append(Close(rival.connection, f"node {node.node} joined again on another connection"))
-            self._remove(rival)
-            commands += _sends(self._purges.leave(rival.connection))
+            commands += self._remove(rival, now)
         self._counters["joins"] += 1
         peer.description = node
         others = [self._members.description(name) for name in self._members.nodes]
         self._members.nodes[node.node] = peer
         purges = [] if node.is_engine else self._purges.missed(node.node)
-        welcome = Send(peer.connection, Welcome(self._epoch, others, purges))
-        return [*commands, welcome, *self._tell_others(peer, NodeJoined(node))]
+        commands.append(Send(peer.connection, Welcome(self._epoch, others, purges)))
+        return commands + self._tell_others(peer, NodeJoined(node)) + self._inventories.want(peer, ALL_PARTS, now)
 
-    def _describe_anew(self, peer: Peer, known: NodeDescription, node: NodeDescription) -> list[Command]:
+    def _describe_anew(self, peer: Peer, known: NodeDescription, node: NodeDescription, now: float) -> list[Command]:
         if node.node != known.node:
-            raise _Misbehaved(f"joined again as {node.node}")
+            raise Misbehaved(f"joined again as {node.node}")
         if node == known:
             return []
         peer.description = node
         commands = self._tell_others(peer, NodeJoined(node))
         if node.epoch != known.epoch:
             # What it published belongs to its old epoch.
-            self._index.drop(node.node)
-            commands += self._ask_all(peer)
+            self._inventories.forget(node.node, now)
+            commands += self._inventories.want(peer, ALL_PARTS, now)
         return commands
 
-    def _part(self, peer: Peer, reason: str) -> list[Command]:
+    def _part(self, peer: Peer, reason: str, now: float) -> list[Command]:
         """Forget a connection that is still open."""
-        return [Close(peer.connection, reason), *self._forget(peer)]
+        return [Close(peer.connection, reason), *self._forget(peer, now)]
 
-    def _forget(self, peer: Peer) -> list[Command]:
-        self._remove(peer)
-        commands = _sends(self._purges.leave(peer.connection))
+    def _forget(self, peer: Peer, now: float) -> list[Command]:
+        commands = self._remove(peer, now)
         if peer.description is None:
             return commands
         self._counters["losses"] += 1
-        return commands + self._tell_others(peer, NodeLost(peer.description.node))
+        return self._tell_others(peer, NodeLost(peer.description.node)) + commands
 
-    def _remove(self, peer: Peer) -> None:
+    def _remove(self, peer: Peer, now: float) -> list[Command]:
+        """It is gone; returns what that means to those who waited for it."""
         del self._members.peers[peer.connection]
         self._planner.leave(peer)
+        self._finder.changed()
         if peer.description is not None:
             name = peer.description.node
             assert self._members.nodes[name] is peer
             del self._members.nodes[name]
-            self._index.drop(name)
-            self._leavings.lose(name)
+            self._leavings.lose(name, now)
+        return self._inventories.leave(peer, now) + _sends(self._purges.leave(peer.connection))
+
+    def _leave(self, peer: Peer, name: str, leave: Leave, now: float) -> list[Command]:
+        require_keys(leave, leave.keys)
+        told = self._leavings.told(name, leave)
+        if told is None:
+            return []
+        self._counters["leaves"] += 1
+        self._finder.changed()
+        hottest = self._hotness.hottest_of(set(told))
+        return self._leavings.begin(name, peer.connection, leave, list(dict.fromkeys([*hottest, *told])), now)
 
     def _stays(self, name: str) -> bool:
         return name in self._members.nodes and not self._members.description(name).is_engine
+
+    def _kind_of(self, name: str, region: int) -> str:
+        return self._members.description(name).kind_of(region)
 
     def _may_hold(self, name: str, key: bytes) -> bool:
         return self._members.may_hold(self._members.description(name), key)
@@ -283,49 +340,7 @@ class Directory:
         others = tuple(other.connection for other in self._members.nodes.values() if other is not peer)
         return [Broadcast(others, message)] if others else []
 
-    # --- what they hold -----------------------------------------------------------------------------------------------
-
-    def _publish(self, peer: Peer, node: NodeDescription, publish: Publish) -> list[Command]:
-        if publish.node != node.node:
-            raise _Misbehaved(f"publishes for {publish.node}")
-        _require_keys(block.key for block in publish.stored)
-        self._counters["publishes"] += 1
-        if publish.full and publish.epoch == node.epoch:
-            self._index.drop(node.node)
-        elif peer.sequence is None:
-            return []  # its full inventory is on its way
-        elif publish.epoch != node.epoch or publish.sequence != peer.sequence + 1:
-            return self._ask_all(peer)
-        peer.sequence, peer.free_bytes = publish.sequence, publish.free_bytes
-        self._index.remove(node.node, publish.removed)
-        refused = self._index.add(node.node, publish.stored)
-        self._counters["refused"] += refused
-        if not refused or self._counters["refused"] > refused:
-            return []
-        full = f"the directory is full (setting 'index_keys_max' is {self._settings.index_keys_max})"
-        return [Tell(f"{full}: more blocks are not shared; raise it")]
-
-    def _ask_all(self, peer: Peer) -> list[Command]:
-        """Once for each gap; again with a heartbeat if it was in vain."""
-        self._counters["resyncs"] += 1
-        peer.sequence, peer.asked = None, peer.heard
-        return [Send(peer.connection, Resync())]
-
-    def _find(self, node: NodeDescription, wanted: list[bytes]) -> list[list[Location]]:
-        self._counters["finds"] += 1
-        found = self._index.locate(wanted[:FIND_KEYS_MAX], node.node, FOUND_LOCATIONS_MAX)
-        found = [places if self._members.may_hold(node, key) else [] for key, places in zip(wanted, found, strict=False)]
-        leaves = node.node in self._leavings
-        found = [self._leavings.staying(places) if leaves else self._leavings.preferred(places) for places in found]
-        for places in found:
-            if len(places) > 1:
-                places.sort(key=lambda where: self._distance(where, node))  # stable: freshest first in each
-        return found + [[] for _ in wanted[FIND_KEYS_MAX:]]
-
-    def _distance(self, where: Location, asker: NodeDescription) -> tuple[bool, bool]:
-        """Memory before disk, and there the asker's own host first."""
-        holder = self._members.description(where.node)
-        return holder.kind_of(where.region) == DISK, holder.host_id != asker.host_id
+    # --- what concerns the cluster as a whole -------------------------------------------------------------------------
 
     def _purge(self, peer: Peer, ask: AskPurge, now: float) -> list[Command]:
         """Nodes are asked, and empty the index by what they publish; an engine's part is its node's."""
@@ -349,10 +364,24 @@ def _sends(messages: Iterable[tuple[int, Message]]) -> list[Command]:
     return [Send(connection, message) for connection, message in messages]
 
 
-def _name(peer: Peer) -> str:
-    return f"connection {peer.connection}" if peer.description is None else f"node {peer.description.node}"
+class _Clock:
+    """Time that never goes back, made of one that may."""
 
+    def __init__(self) -> None:
+        self.now = float("-inf")
+        self._ahead = 0.0  # of the caller's clock
 
-def _require_keys(keys: Iterable[bytes]) -> None:
-    if not all(PREFIX_BYTES < len(key) <= KEY_BYTES_MAX for key in keys):
-        raise _Misbehaved("sent a key of a length that no key has")
+    def take(self, now: float) -> bool:
+        """The caller's clock stands there. True when it went back."""
+        back = self.now - (now + self._ahead)
+        if back > ROUNDING_SECONDS:
+            self._ahead += back
+        self.now = max(self.now, now + self._ahead)
+        return back > ROUNDING_SECONDS
+
+    def of_caller(self, moment: float) -> float:
+        """What the caller's clock shows at that moment, or just behind it: a caller that ticks then is not too early."""
+        shown = moment - self._ahead
+        while shown + self._ahead < moment:
+            shown = math.nextafter(shown, math.inf)
+        return shown

@@ -44,14 +44,16 @@ SAID_MAX = 1024  # different lines that are remembered as said; then they may be
 
 class DirectoryServer:
     """See the module's docstring. Uses ``bind``, ``port``, ``secret``, ``tenants_file`` and the limits of ``settings``.
+    ``shard`` of ``shards``: which part of the directory it serves.
 
     Raises:
         ConfigError: the tenants' file cannot be used.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, shard: int = 0, shards: int = 1) -> None:
         self._settings = settings
-        self._directory = Directory(settings, time.time_ns(), tenants=Tenants.load(settings.tenants_file))
+        tenants = Tenants.load(settings.tenants_file)
+        self._directory = Directory(settings, time.time_ns(), tenants=tenants, shard=shard, shards=shards)
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToDirectory)
         self._encoder = msgspec.msgpack.Encoder()
         self._writers: dict[int, asyncio.StreamWriter] = {}
@@ -195,7 +197,7 @@ class DirectoryServer:
             await self._serve(number, reader, writer)
         except AuthenticationError as error:
             self._say(f"{_host_of(writer)} was refused: {error}")
-        except (KVShareError, OSError, msgspec.MsgspecError) as error:
+        except (KVShareError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             log.debug("kvshare: connection %d of the directory ended: %s", number, error)
         except Exception:
             log.exception("kvshare: the directory dropped connection %d for a failure of its own", number)

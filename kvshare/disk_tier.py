@@ -107,7 +107,7 @@ class DiskTier:
         return self._blocking.lag()
 
     def inventory(self) -> Iterator[Stored]:
-        for store in self.stores.values():
+        for store in list(self.stores.values()):
             yield from store.inventory()
 
     def describe(self, node: str, host: str, endpoint: str) -> tuple[RegionDescription, ...]:

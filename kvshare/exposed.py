@@ -10,19 +10,17 @@ Threads: all on the node's loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvshare import device
-from kvshare.cluster_messages import Find
-from kvshare.errors import Unavailable
-from kvshare.link import DirectoryLink
+from kvshare.link import Member
 from kvshare.messages import Expose, Shown
 from kvshare.places import DEVICE, Location, NodeDescription, RegionDescription, Stored, located
 from kvshare.purge import Matches
 from kvshare.region import generation_now
+from kvshare.shards import Shards
 
 if TYPE_CHECKING:
     from kvshare.node import Node
@@ -40,16 +38,15 @@ class Exposed:
         self._epoch = generation_now()
         self._blocks: dict[bytes, Stored] = {}
         self._purged: dict[bytes, int] = {}  # key -> generation that it had here
-        self._link: DirectoryLink | None = None
+        self._link: Shards | None = None
         self._linking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Join the directory, if the node is part of a cluster."""
         node = self._node
         if node.clustered:
-            self._link = DirectoryLink(
-                node.settings, node.resolve, self.describe, self._inventory, lambda _: None, lambda _: None
-            )  # others' comings and goings the node hears of itself
+            member = Member(self.name, self.describe, self._inventory)  # others' comings and goings the node hears of itself
+            self._link = Shards(node.settings, member, node.resolve, node.shards)
             self._linking = asyncio.get_running_loop().create_task(self._link.run())
 
     def describe(self) -> NodeDescription:
@@ -85,10 +82,8 @@ class Exposed:
 
     async def settle(self, seconds: float) -> None:
         """Return when the directory knows what has changed, or can't be told."""
-        if self._link is not None and self._link.connected:
-            self._link.flush()
-            with contextlib.suppress(Unavailable):
-                await self._link.ask(lambda ask: Find(ask, []), seconds)  # answered in order
+        if self._link is not None:
+            await self._link.settle(seconds)
 
     def _may_be_told(self, block: Stored) -> bool:
         """Peers read an engine's memory without asking anybody, so they hear of nothing whose tenant is bound to regions."""

@@ -21,13 +21,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvshare.cluster_messages import Find, Found, Leave, Left, Take, Taken
+from kvshare.cluster_messages import Take, Taken
 from kvshare.config import LEAVE_SHARE
 from kvshare.errors import KVShareError, Unavailable
-from kvshare.leaving import HOTTEST_MAX
+from kvshare.link import Answer
 from kvshare.messages import Drained
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ RETURN_SECONDS = 2.5  # after a directory has come back, until its nodes are bac
 FIND_SECONDS = 2.0
 ROUNDS_MAX = 4
 FIND_KEYS = 4096  # asked for at once
-TAKES_MAX = 8  # at once; a directory gives fewer
+TAKES_MAX = 8  # at once, of one shard of the directory, which gives fewer
 
 
 class Handover:
@@ -133,13 +132,14 @@ class Handover:
             if not self._peers() or seconds <= 0:
                 break
             try:
-                self._node.link.flush()
-                left = await self._node.link.ask(partial(Leave, seconds=seconds), seconds + ANSWER_SECONDS)
-                assert isinstance(left, Left)
+                left = await self._node.link.leave(self._held(), seconds, seconds + ANSWER_SECONDS)
                 moved, hottest = moved + left.moved, left.hottest
+                if left.interrupted:
+                    await self._directory_back(deadline)
+                    continue
                 rest = await self._only_here(hottest)
                 # Others may have begun to leave, and were counted on: then there are more than the directory spoke of.
-                more = len(hottest) < HOTTEST_MAX and not set(rest) <= set(hottest)
+                more = left.all_told and not set(rest) <= set(hottest)
                 if not rest or not (left.moved or more):
                     break
             except Unavailable as error:
@@ -168,12 +168,8 @@ class Handover:
         rest: list[bytes] = []
         for start in range(0, len(ordered), FIND_KEYS):
             wanted = ordered[start : start + FIND_KEYS]
-            try:
-                found = await self._node.link.ask(partial(Find, keys=wanted), FIND_SECONDS)
-            except Unavailable:
-                return rest + ordered[start:]
-            assert isinstance(found, Found)
-            rest += [key for key, where in zip(wanted, found.locations, strict=True) if not where]
+            found = await self._node.link.find(wanted, FIND_SECONDS)
+            rest += [key for key, where in zip(wanted, found, strict=True) if not where]
         return rest
 
     def _say(self, drained: Drained) -> None:
@@ -187,20 +183,20 @@ class Handover:
 
     # --- taking -------------------------------------------------------------------------------------------------------
 
-    def take(self, take: Take) -> None:
+    def take(self, take: Take, answer: Answer) -> None:
         """Begin to take what a node that leaves has; answered in any case."""
-        if self.closed or len(self._tasks) >= TAKES_MAX:
-            self._node.link.answer(Taken(take.ask))
+        if self.closed or len(self._tasks) >= TAKES_MAX * len(self._node.link):
+            answer(Taken(take.ask))
         else:
-            self._spawn(self._take(take))
+            self._spawn(self._take(take, answer))
 
-    async def _take(self, take: Take) -> None:
+    async def _take(self, take: Take, answer: Answer) -> None:
         try:
             await self._node.warmer.take(take.items, take.seconds)
         except (KVShareError, OSError) as error:
             log.info("kvshare: blocks of a node that leaves were not taken: %s", error)
         finally:
-            self._node.link.answer(Taken(take.ask))
+            answer(Taken(take.ask))
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work)

@@ -1,44 +1,104 @@
-"""What is hot: decayed counts of the blocks that engines look up, and their ranking within a family.
+"""What is hot: chains that engines look up, in a tree of runs with decayed counts, and the ranking of their blocks.
 
-A chain is reported from its head, so a block is never counted without all blocks before it: counts do not grow along a chain.
-Ordering by count and then by depth therefore names every block after the blocks that it needs, and so does every beginning
-of that order: it is *prefix-closed*.
+    a-b-c-d-e ┬ f-g        a run is what several lookups have in common: all its blocks were looked up equally often.
+              └ h-i-j      A lookup walks the runs of its chain, compares their hashes at once, and adds to the count of each.
 
-Decay runs forward: a lookup adds ``2 ** ((now - landmark) / half_life)`` instead of every count being halved again and again.
-Counts keep their order while time passes, a touch costs the same whatever is known, and only the far landmark is moved now
-and then, by a power of two, which loses nothing.
+Recording costs a few microseconds for each run of a chain, whatever the number of its blocks; a conversation adds a run with
+each turn. A block takes 36 bytes, its hash and its depth; a run is one small object.
+
+A block is never counted without all blocks before it, so counts do not grow along a chain: ordering by count and then by depth
+names every block after the blocks that it needs, and so does every beginning of that order: it is *prefix-closed*. A shard of
+the directory sees of each chain the blocks that belong to it; for those the same holds.
+
+A count is kept as the logarithm of ``sum(2 ** (time of lookup / half-life))``: it needs no upkeep while time passes.
 
 Pure: time is an argument. Threads: none; one caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import heapq
+import itertools
+import math
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvshare import keys
+from kvshare.runs import Seen
 
 NO_PARENT = b""
-EXPONENT_MAX = 256.0  # half-lives before the landmark moves; doubles end at 1023
-KEEP_SHARE = 7 / 8  # what stays when there are too many: room for so many new keys before the next sorting
+DEPTH = np.dtype("<u4")
+NO_DEPTHS = np.empty(0, DEPTH)
+TOLERANCE = 1e-6  # of logarithms, where they are compared: rounding
+
+Depths = npt.NDArray[np.uint32]
 
 
 class HotKey(NamedTuple):
-    """A hot block and the block before it in its chain (`NO_PARENT` for a head)."""
+    """A hot block and the block before it that is known (`NO_PARENT` for the first)."""
 
     key: bytes
     parent: bytes
 
 
-class _Heat:
-    __slots__ = ("count", "depth", "parent")
+class _Tree(NamedTuple):
+    """What the keys of a tree have in common."""
 
-    def __init__(self, depth: int, parent: bytes) -> None:
-        self.count = 0.0  # in units of the landmark
-        self.depth = depth
+    prefix: bytes
+    hash_bytes: int
+
+
+class _Run:
+    """Blocks one behind the other, and the runs that go on where they end. A root has no blocks."""
+
+    __slots__ = ("children", "depths", "hashes", "heat", "parent", "queued", "tree")
+
+    def __init__(self, tree: _Tree, parent: _Run | None, hashes: bytes, depths: Depths, heat: float) -> None:
+        self.tree = tree
         self.parent = parent
+        self.hashes = hashes
+        self.depths = depths.copy()  # a part would keep the whole in memory
+        self.heat = heat  # log2 of the count, as if now were 0
+        self.children: dict[bytes, _Run] = {}  # by their first hash
+        self.queued = False  # is it in the queue of those that may go?
+
+    def __len__(self) -> int:
+        return len(self.depths)
+
+    def common(self, hashes: bytes, at: int) -> int:
+        """With how many blocks of this run a chain goes on at its block ``at``; with one at least."""
+        step = self.tree.hash_bytes
+        if hashes.startswith(self.hashes, at * step):
+            return len(self)
+        same, unequal = 1, min(len(self), len(hashes) // step - at) + 1
+        while unequal - same > 1:
+            middle = (same + unequal) // 2
+            if self.hashes[same * step : middle * step] == hashes[(at + same) * step : (at + middle) * step]:
+                same = middle
+            else:
+                unequal = middle
+        return same
+
+    def cut(self, blocks: int) -> _Run:
+        """The first ``blocks`` of this run as a run of their own, before it."""
+        assert self.parent is not None and 0 < blocks < len(self)
+        end = blocks * self.tree.hash_bytes
+        head = _Run(self.tree, self.parent, self.hashes[:end], self.depths[:blocks], self.heat)
+        self.parent.children[self.first] = head
+        self.parent, self.hashes, self.depths = head, self.hashes[end:], self.depths[blocks:].copy()
+        head.children[self.first] = self
+        return head
+
+    @property
+    def first(self) -> bytes:
+        return self.hashes[: self.tree.hash_bytes]
+
+    @property
+    def last(self) -> bytes:
+        return self.hashes[-self.tree.hash_bytes :]
 
 
 class Hotness:
@@ -48,116 +108,204 @@ class Hotness:
         assert half_life_seconds > 0 and keys_max >= 1
         self._half_life_seconds = half_life_seconds
         self._keys_max = keys_max
-        self._landmark: float | None = None
-        self._families: dict[bytes, dict[bytes, _Heat]] = {}
         self._keys = 0
+        self._roots: dict[bytes, dict[_Tree, _Run]] = {}  # by family
+        # Ends of chains, coldest first. Heat only grows: an entry is right, or too early and put back when its turn comes.
+        self._coldest: list[tuple[float, int, _Run]] = []
+        self._numbers = itertools.count()
 
     def __len__(self) -> int:
         return self._keys
 
-    def touch(self, chain: Sequence[bytes], now: float, weight: float = 1.0) -> None:
-        """An engine looked up this chain, from its head. Costs O(1) for each key, amortised.
+    def knows(self, family: bytes) -> bool:
+        """Has anything of this family been looked up?"""
+        return family in self._roots
 
-        A chain that contradicts what is known (a block with another predecessor, another prefix) is counted up to there.
-        """
-        if not chain:
+    def touch(self, seen: Seen, now: float, weight: float = 1.0) -> None:
+        """An engine looked up this well-formed chain, or what of it belongs here; counted up to where its depths go back."""
+        assert weight > 0
+        tree = _Tree(seen.keys.prefix, seen.keys.hash_bytes)
+        step, depths = tree.hash_bytes, _rising(seen)[: self._keys_max]
+        count = len(depths)
+        if not count:
             return
-        added = weight * self._scale(now)
-        prefix = keys.prefix_of(chain[0])
-        family = self._families.setdefault(keys.family_of(prefix), {})
-        before = len(family)
-        parent = NO_PARENT
-        for depth, key in enumerate(chain[: self._keys_max]):
-            heat = family.get(key)
-            if heat is None:
-                if not key.startswith(prefix):
-                    break
-                heat = family[key] = _Heat(depth, parent)
-            elif heat.parent != parent:
+        hashes = seen.keys.hashes[: count * step]
+        added = now / self._half_life_seconds + math.log2(weight)
+        roots = self._roots.setdefault(keys.family_of(tree.prefix), {})
+        run = roots.get(tree)
+        if run is None:
+            run = roots[tree] = _Run(tree, None, b"", NO_DEPTHS, math.inf)
+        at = 0
+        while at < count:
+            child = run.children.get(hashes[at * step : (at + 1) * step])
+            if child is None:
+                self._append(run, hashes[at * step :], depths[at:], added)
                 break
-            heat.count += added
-            parent = key
-        self._keys += len(family) - before
-        if not family:
-            del self._families[keys.family_of(prefix)]
-        if self._keys > self._keys_max:
-            self._shrink()
-
-    def count(self, key: bytes, now: float) -> float:
-        """The decayed number of lookups of ``key``: one that was looked up a half-life ago counts a half."""
-        heat = self._families.get(keys.family_of(key), {}).get(key)
-        if heat is None or self._landmark is None:
-            return 0.0
-        return float(heat.count * 2.0 ** ((self._landmark - now) / self._half_life_seconds))
+            same = child.common(hashes, at)
+            run = child if same == len(child) else child.cut(same)
+            run.heat = _sum(run.heat, added)
+            at += same
+        while self._keys > self._keys_max:
+            self._forget(self._keys - self._keys_max)
 
     def hottest(self, family: bytes, keys_max: int) -> list[HotKey]:
-        """The ``keys_max`` hottest blocks of a family, hottest first, at equal heat head first. Prefix-closed.
-
-        The order does not depend on the time at which it is asked for: all counts decay alike.
-        """
-        heats = self._families.get(family, {})
-        names = list(heats)
-        order = _hottest_first(list(heats.values()))[:keys_max]
-        return [HotKey(names[i], heats[names[i]].parent) for i in order]
+        """The ``keys_max`` hottest blocks of a family, hottest first, at equal heat head first. Prefix-closed."""
+        runs = [each for root in self._roots.get(family, {}).values() for each in _ranked(root)]
+        return _blocks(runs, keys_max)
 
     def hottest_of(self, wanted: Container[bytes]) -> list[bytes]:
-        """All of ``wanted`` that have ever been looked up, of any family, hottest first, at equal heat head first."""
-        found = [(key, heat) for heats in self._families.values() for key, heat in heats.items() if key in wanted]
-        return [found[i][0] for i in _hottest_first([heat for _, heat in found])]
+        """All of ``wanted`` that are known, of any family, hottest first, at equal heat head first. Reads everything."""
+        found: list[tuple[float, int, bytes]] = []
+        for root in [root for roots in self._roots.values() for root in roots.values()]:
+            for heat, run in _ranked(root):
+                names = zip(run.depths.tolist(), _names(run, len(run)), strict=True)
+                found += [(-heat, depth, key) for depth, key in names if key in wanted]
+        return [key for _, _, key in sorted(found)]
 
     def check(self) -> list[str]:
         """Problems found, one sentence each; empty when all is well."""
         problems = []
         total = 0
-        for family, heats in self._families.items():
-            total += len(heats)
-            if not heats:
+        for family, roots in self._roots.items():
+            if not roots:
                 problems.append(f"family {family.hex()} is kept without keys")
-            for key, heat in heats.items():
-                if heat.parent == NO_PARENT:
-                    continue
-                parent = heats.get(heat.parent)
-                if parent is None:
-                    problems.append(f"{key.hex()} is known without the block before it")
-                elif parent.count < heat.count or parent.depth != heat.depth - 1:
-                    problems.append(f"{key.hex()} ranks before the block before it")
+            for root in roots.values():
+                if not root.children:
+                    problems.append(f"prefix {root.tree.prefix.hex()} is kept without keys")
+                for run in _below(root):
+                    total += len(run)
+                    problems += _problems(run)
         if total != self._keys:
             problems.append(f"{total} keys are known, {self._keys} are counted")
         if self._keys > self._keys_max:
             problems.append(f"{self._keys} keys are known, {self._keys_max} are allowed")
         return problems
 
-    def _scale(self, now: float) -> float:
-        """What one lookup at ``now`` is worth in units of the landmark."""
-        if self._landmark is None:
-            self._landmark = now
-        exponent = (now - self._landmark) / self._half_life_seconds
-        if exponent > EXPONENT_MAX:
-            halvings = int(exponent)
-            # The oldest counts may become zero: they are the coldest still, and stay in order.
-            factor = 2.0 ** -min(halvings, 1074)
-            for heats in self._families.values():
-                for heat in heats.values():
-                    heat.count *= factor
-            self._landmark += halvings * self._half_life_seconds
-            exponent -= halvings
-        return float(2.0**exponent)
+    def _append(self, run: _Run, hashes: bytes, depths: Depths, heat: float) -> None:
+        if len(run) and depths[0] <= run.depths[-1]:
+            return  # whoever says so is wrong about one of them
+        end = _Run(run.tree, run, hashes, depths, heat)
+        run.children[end.first] = end
+        self._keys += len(end)
+        self._queue(end)
 
-    def _shrink(self) -> None:
-        """Forget the coldest of all families. A block never outlives one before it: it is no hotter, and deeper."""
-        owners = [(family, key) for family, heats in self._families.items() for key in heats]
-        order = _hottest_first([self._families[family][key] for family, key in owners])
-        kept = max(1, int(self._keys_max * KEEP_SHARE))
-        for i in order[kept:]:
-            family, key = owners[i]
-            del self._families[family][key]
-            if not self._families[family]:
-                del self._families[family]
-        self._keys = kept
+    def _queue(self, run: _Run) -> None:
+        if not run.queued:
+            run.queued = True
+            heapq.heappush(self._coldest, (run.heat, next(self._numbers), run))
+
+    def _forget(self, blocks: int) -> None:
+        """Up to so many blocks of the coldest end of a chain; maybe none, then the next one is colder."""
+        heat, _, run = heapq.heappop(self._coldest)
+        run.queued = False
+        if run.children:
+            return  # it is queued again when it is an end again
+        if run.heat > heat:
+            self._queue(run)
+            return
+        kept = max(0, len(run) - blocks)
+        self._keys -= len(run) - kept
+        if kept:
+            run.hashes, run.depths = run.hashes[: kept * run.tree.hash_bytes], run.depths[:kept].copy()
+            self._queue(run)
+            return
+        parent = run.parent
+        assert parent is not None
+        del parent.children[run.first]
+        if parent.children:
+            return
+        if parent.parent is not None:
+            self._queue(parent)
+            return
+        family = keys.family_of(run.tree.prefix)
+        del self._roots[family][run.tree]
+        if not self._roots[family]:
+            del self._roots[family]
 
 
-def _hottest_first(heats: list[_Heat]) -> list[int]:
-    counts = np.fromiter((heat.count for heat in heats), np.float64, len(heats))
-    depths = np.fromiter((heat.depth for heat in heats), np.int64, len(heats))
-    order: list[int] = np.lexsort((depths, -counts)).tolist()
-    return order
+def _rising(seen: Seen) -> Depths:
+    """The depths of a chain, up to where they no longer rise."""
+    if not seen.depths:
+        return np.arange(len(seen.keys), dtype=DEPTH)
+    depths = np.frombuffer(seen.depths, DEPTH)
+    falls = np.flatnonzero(depths[1:] <= depths[:-1])
+    return depths[: int(falls[0]) + 1] if len(falls) else depths
+
+
+def _sum(one: float, other: float) -> float:
+    """Of two logarithms: that of the sum."""
+    high, low = max(one, other), min(one, other)
+    return high + math.log2(1.0 + 2.0 ** (low - high))
+
+
+def _below(root: _Run) -> Iterator[_Run]:
+    """All runs of a tree but its root, each after the one before it."""
+    waiting = list(root.children.values())
+    while waiting:
+        run = waiting.pop()
+        yield run
+        waiting += run.children.values()
+
+
+def _ranked(root: _Run) -> list[tuple[float, _Run]]:
+    """All runs of a tree but its root, with their heat: rounding never lets it exceed that of the run before."""
+    ranked: list[tuple[float, _Run]] = []
+    waiting = [(root.heat, run) for run in root.children.values()]
+    while waiting:
+        most, run = waiting.pop()
+        heat = min(most, run.heat)
+        ranked.append((heat, run))
+        waiting += [(heat, child) for child in run.children.values()]
+    return ranked
+
+
+def _blocks(ranked: list[tuple[float, _Run]], keys_max: int) -> list[HotKey]:
+    """The hottest blocks of these runs, at equal heat the least deep first."""
+    heats = np.array([heat for heat, _ in ranked])
+    sizes = np.array([len(run) for _, run in ranked])
+    order = np.argsort(-heats, kind="stable")
+    enough = int(np.searchsorted(np.cumsum(sizes[order]), keys_max))
+    if enough < len(order):
+        order = order[: np.searchsorted(-heats[order], -heats[order[enough]], side="right")]  # and all that are as hot
+    if not len(order) or keys_max <= 0:
+        return []
+    runs = [ranked[i][1] for i in order]
+    owners = np.repeat(np.arange(len(runs)), sizes[order])
+    depths = np.concatenate([run.depths for run in runs])
+    # Within a run depths rise: whatever is taken of it is its beginning, in order.
+    owners = owners[np.lexsort((depths, -heats[order][owners]))][:keys_max]
+    taken = np.bincount(owners, minlength=len(runs)).tolist()
+    blocks = [_hot(run, count) for run, count in zip(runs, taken, strict=True)]
+    return [next(blocks[owner]) for owner in owners.tolist()]
+
+
+def _hot(run: _Run, count: int) -> Iterator[HotKey]:
+    """The first ``count`` blocks of a run."""
+    names = _names(run, count)
+    assert run.parent is not None
+    before = run.tree.prefix + run.parent.last if run.parent.hashes else NO_PARENT
+    return map(HotKey, names, [before, *names[:-1]])
+
+
+def _names(run: _Run, count: int) -> list[bytes]:
+    prefix, step = run.tree
+    return [prefix + run.hashes[start : start + step] for start in range(0, count * step, step)]
+
+
+def _problems(run: _Run) -> list[str]:
+    problems = []
+    parent, name = run.parent, run.first.hex()
+    assert parent is not None
+    if not len(run) or len(run.hashes) != len(run) * run.tree.hash_bytes:
+        problems.append(f"the run at {name} has {len(run.hashes)} bytes of hashes and {len(run)} depths")
+    if run.depths.base is not None:
+        problems.append(f"the run at {name} keeps more depths in memory than its own")
+    if parent.children.get(run.first) is not run:
+        problems.append(f"{name} is not found from the block before it")
+    if (np.diff(np.concatenate((parent.depths[-1:], run.depths)).astype(np.int64)) <= 0).any():
+        problems.append(f"{name} or one behind it is no deeper than the block before it")
+    if run.heat > parent.heat + TOLERANCE:
+        problems.append(f"{name} is hotter than the block before it")
+    if not run.children and not run.queued:
+        problems.append(f"{name} is the end of a chain and can never be forgotten")
+    return problems

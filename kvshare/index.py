@@ -1,165 +1,241 @@
-"""The directory's index: which nodes hold a key, and where. `Index` is the door for a faster one; `MemoryIndex` is two dicts.
-
-    holders   key -> names of nodes, freshest last      held   node -> key -> Stored
-
-The name of a single holder (the common case) is kept bare, so that a key costs one entry here and one there, and no
-container of its own.
+"""The directory's index: which nodes hold a key, and where. `Index` is what is asked of it.
 
 Threads: none; one caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Protocol
 
-from kvshare.places import Location, Stored, located
+import numpy as np
+import numpy.typing as npt
+
+from kvshare import _index
+from kvshare.fingerprints import ALL_PARTS, PARTS, digest, digests_of, hashes_of, index_seed, part_of, shard_of
+from kvshare.places import Location
+from kvshare.runs import Keys, Place, Places, Run, count_of, keys_of
 
 LOCATIONS_PER_KEY = 2  # on average: memory follows locations, so these are limited too
+SLOTS_MAX = 1 << 28  # of a region: blocks in later ones are refused
+RANK_NEVER = 255  # in ``ranks``: not to be told
+NODES_MAX = 65_535
+NUMBER_MAX, EXPIRES_MAX = (1 << 63) - 1, (1 << 32) - 1  # of regions and lengths; of seconds since 2020
+SWEEP_BANKS = 16  # of 4,096 that memory is divided into: with 100 million locations about a millisecond
+
+__all__ = [
+    "ALL_PARTS",
+    "LOCATIONS_PER_KEY",
+    "PARTS",
+    "RANK_NEVER",
+    "SLOTS_MAX",
+    "CompactIndex",
+    "Index",
+    "digest",
+    "digests_of",
+    "hashes_of",
+    "index_seed",
+    "part_of",
+    "shard_of",
+]
 
 
 class Index(Protocol):
-    """What the directory asks of an index. A question changes nothing."""
+    """What the directory asks of an index. A question changes nothing.
 
-    def add(self, node: str, stored: Iterable[Stored]) -> int:
-        """``node`` holds these blocks now, where they say (again: they have moved). Returns how many were refused for
-        want of room; a refused block is simply not known."""
+    Keys are known by their hashes (`hashes_of`), cut into `PARTS` parts of equal size, by which nodes and directory compare
+    what they know (`digests`) and repair only what differs.
+    """
 
-    def remove(self, node: str, keys: Iterable[bytes]) -> None:
+    def add(self, node: str, runs: Sequence[Run]) -> int:
+        """``node`` holds these blocks now, where they say (again: they have moved). Well-formed runs. Returns how many were
+        refused for want of room; a refused block is simply not known."""
+
+    def remove(self, node: str, keys: Sequence[Keys]) -> None:
         """``node`` no longer holds these. Unknown ones are ignored: they may have been refused."""
 
-    def drop(self, node: str) -> None:
-        """Forget all that ``node`` held."""
+    def drop(self, node: str, parts: int = ALL_PARTS) -> None:
+        """Forget all that ``node`` held, or what of it lies in the parts whose bits are set. This takes no time: it is gone for
+        everybody at once, and its memory is taken back bit by bit, by `sweep`."""
+
+    def sweep(self) -> bool:
+        """Take back some of the memory of dropped nodes: a bounded step. False when nothing is left to be taken."""
+
+    def places(self) -> Sequence[Place | None]:
+        """All that locations have in common, by number: ``ranks`` of `find` are in this order. None: a number that is free. The
+        same object as long as no number is given or freed, never changed: who keeps ranks compares by ``is``."""
+
+    def find(self, keys: Sequence[Keys], ranks: npt.NDArray[np.uint8] | None = None, locations_max: int = 3) -> Places:
+        """Where these keys are, in their order: of each up to ``locations_max`` (below 256) locations, those of lowest rank
+        first, among equals the freshest first. ranks: uint8 for each of `places`; `RANK_NEVER`: not to be told."""
+
+    def held(self, keys: Sequence[Keys]) -> int:
+        """How many leading ones of these keys are held, each by anybody."""
+
+    def depths(self, keys: Sequence[Keys]) -> dict[str, int]:
+        """For each node that holds the first of these keys: how many leading ones it holds."""
+
+    def holds(self, node: str, keys: Sequence[Keys]) -> npt.NDArray[np.bool_]:
+        """For each of these keys: does ``node`` hold it?"""
 
     def locate(self, keys: Sequence[bytes], exclude: str, locations_max: int) -> list[list[Location]]:
-        """For each key up to ``locations_max`` places, freshest first, none of them on ``exclude``."""
+        """`find` for a few whole keys: freshest first, none of them on ``exclude``."""
 
     def holders(self, key: bytes) -> Sequence[str]:
-        """The names of all who hold a key, freshest last."""
-
-    def held_by(self, node: str) -> Set[bytes]:
-        """The keys that ``node`` holds: a view, good until the next change."""
+        """The names of all who hold a key, freshest first."""
 
     def nodes(self) -> Set[str]:
         """Who holds anything."""
+
+    def digests(self, node: str) -> npt.NDArray[np.uint64]:
+        """uint64 [PARTS]: for each part the sum of `digest` over what ``node`` holds there. Equal inventories, equal sums."""
 
     def locations(self) -> int:
         """How many pairs of key and node are known."""
 
     def check(self) -> list[str]:
-        """Problems found, one sentence each; empty when all is well."""
+        """Problems found, one sentence each; empty when all is well. Reads everything."""
 
     def __len__(self) -> int:
-        """How many keys are known."""
+        """How many keys are known. One that only dropped nodes held counts until `sweep` finds it."""
 
 
-class MemoryIndex:
-    """An `Index` in this process's memory: at most ``keys_max`` keys and twice as many locations."""
+class CompactIndex:
+    """An `Index` of at most ``keys_max`` keys and twice as many locations, in tables of 20 to 24 bytes a location (where there
+    are millions) that `kvshare._index` keeps. ``seed``: `index_seed`.
 
-    def __init__(self, keys_max: int) -> None:
+    What has no room is refused: besides keys and locations that are too many, slots from `SLOTS_MAX` on, a node's places beyond
+    1,024, and all that have numbers too large for a column.
+    """
+
+    def __init__(self, keys_max: int, seed: int = 0) -> None:
         assert keys_max >= 1
-        self._keys_max = keys_max
-        self._locations_max = keys_max * LOCATIONS_PER_KEY
-        self._holders: dict[bytes, str | tuple[str, ...]] = {}
-        self._held: dict[str, dict[bytes, Stored]] = {}
-        self._locations = 0
+        self._seed = seed
+        self._table = _index.Memberships(keys_max, keys_max * LOCATIONS_PER_KEY)
+        self._numbers: dict[str, int] = {}
+        self._names: list[str | None] = []  # by number
+        self._free: list[int] = []
+        self._dropped: set[str] = set()  # that may still have rows, and so need their numbers
+        self._places: list[Place | None] = []
+        self._places_version = -1
 
     def __len__(self) -> int:
-        return len(self._holders)
-
-    def nodes(self) -> Set[str]:
-        return self._held.keys()
+        return self._table.totals()[0]
 
     def locations(self) -> int:
-        return self._locations
+        _, entries, dead, _, _ = self._table.totals()
+        return entries - dead
 
-    def add(self, node: str, stored: Iterable[Stored]) -> int:
-        refused = 0
-        held = self._held.setdefault(node, {})
-        holders = self._holders
-        for block in stored:
-            key = block.key
-            names = holders.get(key)
-            if key in held:
-                if isinstance(names, tuple):
-                    holders[key] = (*_without(names, node), node)
-            elif self._locations >= self._locations_max or (names is None and len(holders) >= self._keys_max):
-                refused += 1
-                continue
-            else:
-                self._locations += 1
-                holders[key] = node if names is None else (*_names(names), node)
-            held[key] = block
-        if not held:
-            del self._held[node]
+    def memory_bytes(self) -> int:
+        """What the tables take, all slack included."""
+        return self._table.totals()[3]
+
+    def nodes(self) -> Set[str]:
+        return {node for node, number in self._numbers.items() if self._table.about(number)[0] > 0}
+
+    def places(self) -> Sequence[Place | None]:
+        version = self._table.version()
+        if version != self._places_version:
+            names = self._names
+            self._places = [found and Place(str(names[found[0]]), *found[1:]) for found in self._table.places()]
+            self._places_version = version
+        return self._places
+
+    # --- what changes it ----------------------------------------------------------------------------------------------
+
+    def add(self, node: str, runs: Sequence[Run]) -> int:
+        fitting = [run for run in runs if len(run) and max(run.region, run.length) <= NUMBER_MAX and run.expires <= EXPIRES_MAX]
+        number = self._number(node) if fitting else None
+        if number is None:
+            return count_of(runs)
+        refused = count_of(runs) - count_of(fitting)
+        for run in fitting:
+            hashes = hashes_of([run.keys], self._seed)
+            refused += self._table.add(number, hashes, run.region, run.length, run.expires, run.slots, run.generations)
+        if refused:
+            self._release(node)
         return refused
 
-    def remove(self, node: str, keys: Iterable[bytes]) -> None:
-        held = self._held.get(node)
-        if held is None:
-            return
-        for key in keys:
-            if held.pop(key, None) is not None:
-                self._unlink(node, key)
-        if not held:
-            del self._held[node]
+    def remove(self, node: str, keys: Sequence[Keys]) -> None:
+        if node in self._numbers:
+            self._table.remove(self._numbers[node], hashes_of(keys, self._seed))
+            self._release(node)
 
-    def drop(self, node: str) -> None:
-        for key in self._held.pop(node, {}):
-            self._unlink(node, key)
+    def drop(self, node: str, parts: int = ALL_PARTS) -> None:
+        if node in self._numbers:
+            self._table.drop(self._numbers[node], parts)
+            self._dropped.add(node)
+            self._release(node)
+
+    def sweep(self) -> bool:
+        if self._table.sweep(SWEEP_BANKS):
+            return True
+        for node in list(self._dropped):
+            self._release(node)
+        self._dropped.clear()
+        return False
+
+    def _number(self, node: str) -> int | None:
+        """The number of a node; None: there are too many."""
+        number = self._numbers.get(node)
+        if number is not None:
+            return number
+        if not self._free and len(self._names) >= NODES_MAX:
+            return None
+        number = self._free.pop() if self._free else len(self._names)
+        self._names[number : number + 1] = [node]
+        self._numbers[node] = number
+        return number
+
+    def _release(self, node: str) -> None:
+        """The number of a node that has no row any more is free."""
+        number = self._numbers.get(node)
+        if number is not None and self._table.about(number)[1] == 0:
+            del self._numbers[node]
+            self._names[number] = None
+            self._free.append(number)
+            self._dropped.discard(node)
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    def find(self, keys: Sequence[Keys], ranks: npt.NDArray[np.uint8] | None = None, locations_max: int = 3) -> Places:
+        found = self._table.find(hashes_of(keys, self._seed), ranks, locations_max)
+        counts, place, slots, generations, expires, numbers = found
+        known = self.places()
+        told = [common for number in np.frombuffer(numbers, np.uint32).tolist() if (common := known[number]) is not None]
+        return Places(told, counts, place, slots, generations, expires)
+
+    def held(self, keys: Sequence[Keys]) -> int:
+        return self._table.held(hashes_of(keys, self._seed))
+
+    def depths(self, keys: Sequence[Keys]) -> dict[str, int]:
+        found = self._table.depths(hashes_of(keys, self._seed))
+        return {str(self._names[number]): depth for number, depth in found}
+
+    def holds(self, node: str, keys: Sequence[Keys]) -> npt.NDArray[np.bool_]:
+        if node not in self._numbers:
+            return np.zeros(count_of(keys), np.bool_)
+        return np.frombuffer(self._table.holds(self._numbers[node], hashes_of(keys, self._seed)), np.bool_)
 
     def locate(self, keys: Sequence[bytes], exclude: str, locations_max: int) -> list[list[Location]]:
-        found: list[list[Location]] = []
-        for key in keys:
-            names = self._holders.get(key, ())
-            if isinstance(names, str):
-                found.append([] if names == exclude else [located(names, self._held[names][key])])
-                continue
-            chosen = [name for name in reversed(names) if name != exclude][:locations_max]
-            found.append([located(name, self._held[name][key]) for name in chosen])
-        return found
+        found = self.find(keys_of(keys), None, locations_max + 1).locations()  # a node is told once of a key
+        return [[where for where in places if where.node != exclude][:locations_max] for places in found]
 
     def holders(self, key: bytes) -> Sequence[str]:
-        return _names(self._holders.get(key, ()))
+        return list(self.depths(keys_of([key])))
 
-    def held_by(self, node: str) -> Set[bytes]:
-        return self._held.get(node, {}).keys()
+    def digests(self, node: str) -> npt.NDArray[np.uint64]:
+        if node not in self._numbers:
+            return np.zeros(PARTS, np.uint64)
+        return np.frombuffer(self._table.digests(self._numbers[node]), np.uint64)
 
     def check(self) -> list[str]:
-        problems = []
-        for key, value in self._holders.items():
-            names = _names(value)
-            if not names or len(set(names)) != len(names):
-                problems.append(f"{key.hex()} has holders {names}")
-            if isinstance(value, tuple) and len(value) < 2:
-                problems.append(f"{key.hex()} keeps a container for {len(value)} holder")
-            problems.extend(f"{key.hex()} is not held by {name}" for name in names if key not in self._held.get(name, {}))
-        for name, held in self._held.items():
-            if not held:
-                problems.append(f"{name} is kept without keys")
-            for key, block in held.items():
-                if block.key != key:
-                    problems.append(f"{key.hex()} of {name} says that it is {block.key.hex()}")
-                if name not in _names(self._holders.get(key, ())):
-                    problems.append(f"{key.hex()} of {name} cannot be found")
-        if self._locations != sum(map(len, self._held.values())):
-            problems.append(f"{self._locations} locations are counted, {sum(map(len, self._held.values()))} are known")
-        if len(self._holders) > self._keys_max or self._locations > self._locations_max:
-            problems.append(f"{len(self._holders)} keys and {self._locations} locations are over the limit")
+        problems = self._table.check()
+        for node, number in self._numbers.items():
+            if self._names[number] != node:
+                problems.append(f"{node} has the number of {self._names[number]}")
+            if node not in self._dropped and self._table.about(number)[1] == 0:
+                problems.append(f"{node} is kept without places")
+        if len(self._numbers) + len(self._free) != len(self._names):
+            problems.append(f"of {len(self._names)} numbers {len(self._free)} are free, {len(self._numbers)} are given")
         return problems
-
-    def _unlink(self, node: str, key: bytes) -> None:
-        names = _without(_names(self._holders[key]), node)
-        self._locations -= 1
-        if not names:
-            del self._holders[key]
-        else:
-            self._holders[key] = names[0] if len(names) == 1 else names
-
-
-def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else value
-
-
-def _without(names: tuple[str, ...], node: str) -> tuple[str, ...]:
-    return tuple(name for name in names if name != node)

@@ -1,5 +1,6 @@
 """A node that leaves: what only it holds goes to peers with room, hottest first, share by share. The directory's part.
 
+    Leave, Leave .. ─> its keys
     begin ─> the hottest that nobody else keeps ─> Take to a peer with room ─> Taken ─┬─> held there now: moved
                        ^                                                             │
                        └── not held: another peer, at most `TRIES_MAX` times <── silence, loss
@@ -22,13 +23,17 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from kvshare.cluster_messages import Leave, Left, Take
 from kvshare.directory_events import Command, Send
-from kvshare.index import Index
+from kvshare.index import RANK_NEVER, Index
 from kvshare.places import Location, WarmItem
+from kvshare.runs import Place, keys_of
 
 SHARE_BYTES = 32 << 20  # of one Take: fills a wire, and costs little if its peer dies
 SHARE_BLOCKS_MAX = 1024
@@ -36,7 +41,9 @@ SHARES_MAX = 2  # under way to one peer: it reads one while it publishes the oth
 SHARE_SECONDS = 5.0
 ANSWER_SECONDS = 1.0  # beyond that, for publishing and for the way
 TRIES_MAX = 3  # of one block
+LEAVE_KEYS_MAX = 1 << 18  # looked at of one node: more than can be moved while it leaves
 LOOKED_AT_MAX = 1 << 12  # keys in one go: the directory has others to answer
+LOOK_KEYS = 1 << 8  # of these, found at once
 PAUSE_SECONDS = 0.001
 ASIDE_SECONDS = 0.05  # until those that others of the leaving move are looked at again
 HOTTEST_MAX = 1 << 16  # told of what was not taken
@@ -100,6 +107,7 @@ class Leavings:
         self._takers = takers
         self._may_hold = may_hold
         self._leaving: dict[str, _Leaving] = {}
+        self._telling: dict[str, tuple[int, dict[bytes, None]]] = {}  # who says so in several messages: its ask, its keys
         self._asks = itertools.count(1)
 
     # --- questions ----------------------------------------------------------------------------------------------------
@@ -119,15 +127,9 @@ class Leavings:
                 if leaving.go_on is not None:
                     yield leaving.go_on
 
-    def staying(self, places: list[Location]) -> list[Location]:
-        """Those of ``places`` whose holders stay: nodes, no engines."""
-        return [where for where in places if self._keeps(where.node)]
-
-    def preferred(self, places: list[Location]) -> list[Location]:
-        """``places`` without those that go, if a node that stays is among them: reads begin where they can end."""
-        if not self._leaving or not self.staying(places):
-            return places
-        return [where for where in places if where.node.partition("/")[0] not in self._leaving]
+    def leaves_with(self, name: str) -> bool:
+        """Is this a node that leaves, or an engine of one?"""
+        return bool(self._leaving) and name.partition("/")[0] in self._leaving
 
     def check(self) -> list[str]:
         """Problems found, one sentence each; empty when all is well."""
@@ -142,12 +144,23 @@ class Leavings:
 
     # --- events -------------------------------------------------------------------------------------------------------
 
-    def begin(self, name: str, connection: int, leave: Leave, hottest: list[bytes], now: float) -> list[Command]:
-        """A node leaves. ``hottest``: of what it holds, all that has ever been looked up, hottest first."""
-        hot = set(hottest)
-        cold = (key for key in list(self._index.held_by(name)) if key not in hot)  # in the order in which they came
-        keys = itertools.chain(hottest, cold)
-        leaving = self._leaving[name] = _Leaving(connection, leave.ask, now + max(0.0, leave.seconds), keys)
+    def told(self, name: str, leave: Leave) -> list[bytes] | None:
+        """One message of a node that leaves. When it is the last one: all the keys that it told, each once, in its order."""
+        ask, keys = self._telling.pop(name, (leave.ask, {}))
+        if ask != leave.ask:
+            keys = {}
+        for key in itertools.chain.from_iterable(leave.keys):
+            if len(keys) >= LEAVE_KEYS_MAX:
+                break
+            keys[key] = None
+        if not leave.more:
+            return list(keys)
+        self._telling[name] = leave.ask, keys
+        return None
+
+    def begin(self, name: str, connection: int, leave: Leave, keys: Sequence[bytes], now: float) -> list[Command]:
+        """A node leaves. ``keys``: what it holds, each once, hottest first."""
+        leaving = self._leaving[name] = _Leaving(connection, leave.ask, now + max(0.0, leave.seconds), iter(keys))
         return self._go_on(name, leaving, now)
 
     def taken(self, taker: str, ask: int, now: float) -> list[Command]:
@@ -156,7 +169,7 @@ class Leavings:
             share = leaving.shares.get(ask)
             if share is not None and share.taker == taker:
                 del leaving.shares[ask]
-                missing = [item.key for item in share.items if not self._is_kept(item.key)]
+                missing = self._not_kept([item.key for item in share.items])
                 leaving.moved += len(share.items) - len(missing)
                 if len(missing) == len(share.items):
                     leaving.useless.add(taker)
@@ -164,15 +177,16 @@ class Leavings:
                 return self._go_on(name, leaving, now)
         return []
 
-    def lose(self, name: str) -> None:
+    def lose(self, name: str, now: float) -> None:
         """A node is gone: one that left, or one that took."""
         self._leaving.pop(name, None)
+        self._telling.pop(name, None)
         for leaving in self._leaving.values():
             shares = [ask for ask, share in leaving.shares.items() if share.taker == name]
             for ask in reversed(shares):
                 leaving.again.extendleft(item.key for item in reversed(leaving.shares.pop(ask).items))
             if shares:
-                leaving.go_on = 0.0  # with the next tick, that is at once
+                leaving.go_on = now  # with the next tick, that is at once
 
     def tick(self, now: float) -> list[Command]:
         """Time has passed: takers that are silent get no more, and who has no time left has left."""
@@ -191,8 +205,21 @@ class Leavings:
 
     # --- how ----------------------------------------------------------------------------------------------------------
 
-    def _is_kept(self, key: bytes) -> bool:
-        return any(self._keeps(name) for name in self._index.holders(key))
+    def _not_kept(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Those that no node that stays has."""
+        counts = self._index.find(keys_of(keys), self._ranks(""), 1).counts
+        return [key for key, count in zip(keys, counts, strict=True) if not count]
+
+    def _ranks(self, name: str) -> npt.NDArray[np.uint8]:
+        """Of all places: first those that keep, then those of the node of this name, no others."""
+
+        def rank(place: Place | None) -> int:
+            if place is not None and self._keeps(place.node):
+                return 0
+            return 1 if place is not None and place.node == name else RANK_NEVER
+
+        places = self._index.places()
+        return np.fromiter(map(rank, places), np.uint8, len(places))
 
     def _keeps(self, name: str) -> bool:
         return name not in self._leaving and self._stays(name)
@@ -228,7 +255,7 @@ class Leavings:
 
     def _finish(self, leaving: _Leaving) -> list[Command]:
         taking = [item.key for share in leaving.shares.values() for item in share.items]
-        under_way = [key for key in taking if not self._is_kept(key)]
+        under_way = self._not_kept(taking)
         leaving.moved += len(taking) - len(under_way)  # published before their taker was done with the share
         waiting = itertools.chain(leaving.left, under_way, leaving.again, leaving.aside, leaving.keys)
         left = list(itertools.islice(waiting, HOTTEST_MAX))
@@ -241,46 +268,51 @@ class Leavings:
 
     def _give(self, name: str, leaving: _Leaving, now: float) -> tuple[list[Command], bool]:
         """Shares for takers; and whether all keys have been looked at."""
-        under_way = Counter(share.taker for share in leaving.shares.values())
         takers = [taker for taker in self._takers(name) if taker.name not in leaving.useless | self._leaving.keys()]
         for taker in takers:
             taker.room -= sum(share.bytes for share in self._all_shares() if share.taker == taker.name)
         if not any(taker.room > 0 for taker in takers):
             return [], True
+        giving = _Giving(takers, Counter(share.taker for share in leaving.shares.values()), self._may_hold)
+        ranks = self._ranks(name)
         moving = {item.key for share in self._all_shares() for item in share.items} if len(self._leaving) > 1 else set()
-        full: list[tuple[Taker, list[WarmItem]]] = []
-        open_one: tuple[Taker, list[WarmItem]] | None = None
         exhausted = False
-        for _ in range(LOOKED_AT_MAX):
-            key = leaving.again.popleft() if leaving.again else next(leaving.keys, None)
-            if key is None:
+        for _ in range(LOOKED_AT_MAX // LOOK_KEYS):
+            keys = _draw(leaving, LOOK_KEYS)
+            given = self._give_some(name, leaving, giving, keys, ranks, moving)
+            if given < len(keys):
+                leaving.again.extendleft(reversed(keys[given:]))  # when a taker is done
+                break
+            if len(keys) < LOOK_KEYS:
                 exhausted = True
                 break
-            where = self._where(name, key)
-            if where is None:
-                continue
-            if key in moving:
-                leaving.aside.append(key)
-                continue
-            if open_one is None or not self._fits(open_one[0], where, key) or _is_full(open_one[1], where):
-                able = [taker for taker in takers if self._fits(taker, where, key)]
-                free = [taker for taker in able if under_way[taker.name] < SHARES_MAX]
-                if not free:
-                    if able:
-                        leaving.again.appendleft(key)  # when one of them is done
-                        break
-                    self._leave_behind(leaving, key)
-                    continue
-                # Who has least to do; of those, who has most room.
-                chosen = min(free, key=lambda taker: (under_way[taker.name], -taker.room))
-                under_way[chosen.name] += 1
-                open_one = chosen, []
-                full.append(open_one)
-            open_one[0].room -= where.length
-            open_one[1].append(WarmItem(key, where))
         else:
             leaving.go_on = now + PAUSE_SECONDS
-        return [self._take(leaving, taker, items, now) for taker, items in full], exhausted
+        return [self._take(leaving, taker, items, now) for taker, items in giving.shares], exhausted
+
+    def _give_some(
+        self,
+        name: str,
+        leaving: _Leaving,
+        giving: _Giving,
+        keys: Sequence[bytes],
+        ranks: npt.NDArray[np.uint8],
+        moving: set[bytes],
+    ) -> int:
+        """Up to all of these keys, in their order; returns how many: the next one has to wait."""
+        found = self._index.find(keys_of(keys), ranks, 1).locations()
+        for given, (key, places) in enumerate(zip(keys, found, strict=True)):
+            if places and places[0].node != name:
+                continue  # kept elsewhere
+            if not places:
+                self._leave_behind(leaving, key)  # it is not known here, or not any more; its node knows
+            elif key in moving:
+                leaving.aside.append(key)
+            elif (able := giving.give(key, places[0])) is not None:
+                if able:
+                    return given
+                self._leave_behind(leaving, key)
+        return len(keys)
 
     def _take(self, leaving: _Leaving, taker: Taker, items: list[WarmItem], now: float) -> Command:
         ask, seconds = next(self._asks), min(SHARE_SECONDS, leaving.deadline - now)
@@ -288,18 +320,44 @@ class Leavings:
         leaving.shares[ask] = _Share(taker.name, items, size, now + seconds + ANSWER_SECONDS)
         return Send(taker.connection, Take(ask, items, seconds))
 
-    def _where(self, name: str, key: bytes) -> Location | None:
-        """Where the leaving node has a block; None when it has it no more, or somebody else keeps it."""
-        holders = self._index.holders(key)
-        if name not in holders or any(self._keeps(holder) for holder in holders):
-            return None
-        return next(where for where in self._index.locate([key], "", len(holders))[0] if where.node == name)
+    def _all_shares(self) -> Iterator[_Share]:
+        return (share for leaving in self._leaving.values() for share in leaving.shares.values())
+
+
+class _Giving:
+    """Blocks are put into shares. ``under_way``: shares by taker, those made here included. ``may_hold``: as `Leavings`."""
+
+    def __init__(self, takers: list[Taker], under_way: Counter[str], may_hold: Callable[[str, bytes], bool]) -> None:
+        self._takers = takers
+        self._under_way = under_way
+        self._may_hold = may_hold
+        self.shares: list[tuple[Taker, list[WarmItem]]] = []
+
+    def give(self, key: bytes, where: Location) -> bool | None:
+        """Put a block into the last share, or a new one. None: done; True: later, all who could take it have enough to do;
+        False: nobody can."""
+        if not self.shares or not self._fits(self.shares[-1][0], where, key) or _is_full(self.shares[-1][1], where):
+            able = [taker for taker in self._takers if self._fits(taker, where, key)]
+            free = [taker for taker in able if self._under_way[taker.name] < SHARES_MAX]
+            if not free:
+                return bool(able)
+            # Who has least to do; of those, who has most room.
+            chosen = min(free, key=lambda taker: (self._under_way[taker.name], -taker.room))
+            self._under_way[chosen.name] += 1
+            self.shares.append((chosen, []))
+        taker, items = self.shares[-1]
+        taker.room -= where.length
+        items.append(WarmItem(key, where))
+        return None
 
     def _fits(self, taker: Taker, where: Location, key: bytes) -> bool:
         return taker.room >= where.length and self._may_hold(taker.name, key)
 
-    def _all_shares(self) -> Iterator[_Share]:
-        return (share for leaving in self._leaving.values() for share in leaving.shares.values())
+
+def _draw(leaving: _Leaving, keys_max: int) -> list[bytes]:
+    """The next keys to be looked at."""
+    again = [leaving.again.popleft() for _ in range(min(keys_max, len(leaving.again)))]
+    return again + list(itertools.islice(leaving.keys, keys_max - len(again)))
 
 
 def _is_full(items: list[WarmItem], where: Location) -> bool:

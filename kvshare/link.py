@@ -1,9 +1,16 @@
-"""A node's connection to the directory: joins, publishes in batches, asks, and heals itself.
+"""A connection to one shard of the directory: joins, publishes as it is asked to, asks, and heals itself.
 
-What changed is collected for ``publish_seconds`` and sent with a sequence number. After any break the node joins again and
-publishes everything, so nothing needs to be remembered while the directory is away: `changed` is then a no-op.
+    connect ─> Join ─> Welcome (who is here) ─> Resync: our turn ─> the inventory, then what changes ─> ...
+       ^                                                                                                │
+       └── a random pause <── anything breaks: what was told is forgotten, questions fail <─────────────┘
 
-Threads: everything runs on the node's loop; only ``resolve`` (who is the directory?) is called in a thread of the loop's pool.
+What is to be told is kept by an `Outbox`; one task takes it from there as fast as the connection takes it. Changes are
+collected for ``publish_seconds``. Questions go at once, past what waits to be told, unless they are to come behind it.
+
+A shard that is silent costs one question's patience, not each one's: it is then left alone for `SILENT_SECONDS`, or until it
+speaks.
+
+Threads: everything runs on the node's loop; only ``resolve`` (where is the shard?) is called in a thread of the loop's pool.
 """
 
 from __future__ import annotations
@@ -11,16 +18,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from kvshare import wire
 from kvshare.cluster_messages import (
-    Beat,
     Declared,
     Erase,
+    Find,
     Found,
     FromDirectory,
     Host,
@@ -30,74 +40,105 @@ from kvshare.cluster_messages import (
     NodeJoined,
     NodeLost,
     Plan,
-    Publish,
     PurgeDone,
-    Report,
     Resync,
     Take,
     Welcome,
 )
 from kvshare.config import Settings
 from kvshare.errors import KVShareError, ProtocolError, Unavailable
+from kvshare.fingerprints import index_seed
+from kvshare.index import CompactIndex
 from kvshare.messages import PROTOCOL_VERSION, Message
+from kvshare.outbox import Outbox
 from kvshare.places import GroupPlan, NodeDescription, Stored
+from kvshare.runs import NOWHERE, Keys, Places, Seen
 
 log = logging.getLogger("kvshare")
 
 PURPOSE = "directory"
 CONNECT_SECONDS = 5.0
-PAUSE_SECONDS = (0.1, 2.0)  # between attempts: first, longest
-PUBLISH_BLOCKS_MAX = 4096  # per message
-REPORT_KEYS_MAX = 65_536  # of hot chains waiting to be reported; beyond it the sample is good enough
+PAUSE_SECONDS = (0.2, 2.0)  # between attempts, at most: at first, later. How much of it is random: nodes come back one by one
+PAUSE_SHARE_MIN = 0.1
+SILENT_SECONDS = 2.0  # a shard that did not answer in time is not asked where keys are for so long
+
+Answer = Callable[[Message], None]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What joins the directory, a node or an engine's KV cache.
+
+    inventory: all that it holds. on_joined, on_lost: others come, change and go. room: bytes free for more. host: begins to
+    give blocks to a group, or returns None; without it this member is no donor of groups. on_take begins to take blocks of a
+    node that leaves, on_erase a purge; what they answer by the second argument is told behind all that has changed.
+    """
+
+    name: str
+    describe: Callable[[], NodeDescription]
+    inventory: Callable[[], Iterator[Stored]]
+    on_joined: Callable[[NodeDescription], None] = lambda _: None
+    on_lost: Callable[[str], None] = lambda _: None
+    room: Callable[[], int] = lambda: 0
+    host: Callable[[Host], GroupPlan | None] | None = None
+    on_take: Callable[[Take, Answer], None] = lambda *_: None
+    on_erase: Callable[[Erase, Answer], None] = lambda *_: None
 
 
 class DirectoryLink:
-    """See the module's docstring. ``inventory`` yields all that the node holds, for a full publish. ``host`` begins to give
-    blocks to a group, or returns None; without it this node is no donor of groups. ``room``: bytes free for more; ``on_take``
-    begins to take blocks of a node that leaves, ``on_erase`` a purge; they answer by `answer`."""
+    """See the module's docstring. ``listed``: called with names of nodes that came, changed or went (see `nodes`), or with None
+    when any may have."""
 
     def __init__(
         self,
         settings: Settings,
+        member: Member,
         resolve: Callable[[], str],
-        describe: Callable[[], NodeDescription],
-        inventory: Callable[[], Iterator[Stored]],
-        on_joined: Callable[[NodeDescription], None],
-        on_lost: Callable[[str], None],
-        host: Callable[[Host], GroupPlan | None] | None = None,
-        room: Callable[[], int] = lambda: 0,
-        on_take: Callable[[Take], None] = lambda _: None,
-        on_erase: Callable[[Erase], None] = lambda _: None,
+        listed: Callable[[Iterable[str] | None], None],
+        shard: int = 0,
+        shards: int = 1,
     ) -> None:
         self._settings = settings
+        self._member = member
         self._resolve = resolve
-        self._describe = describe
-        self._inventory = inventory
-        self._on_joined = on_joined
-        self._on_lost = on_lost
-        self._host = host
-        self._room = room
-        self._on_take = on_take
-        self._on_erase = on_erase
+        self._listed = listed
+        self._shard, self._shards = shard, shards
+        self._name = "directory" if shards == 1 else f"directory shard {shard}"
+        seed = index_seed(settings.secret)
+        self._outbox = Outbox(
+            member.name,
+            lambda: CompactIndex(settings.index_keys_max, seed),
+            seed,
+            member.inventory,
+            shard,
+            shards,
+        )
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromDirectory)
         self._writer: asyncio.StreamWriter | None = None
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._asks = itertools.count(1)
-        self._sequence = 0
-        self._stored: dict[bytes, Stored] = {}
-        self._removed: dict[bytes, None] = {}
-        self._chains: list[list[bytes]] = []
-        self._chain_keys = 0
-        self._flush_timer: asyncio.TimerHandle | None = None
-        self._nodes: set[str] = set()
-        self._welcomed = asyncio.Event()
-        self.endpoint = ""  # of the directory, while connected
-        self.counters = {"publishes": 0, "resyncs": 0, "finds": 0, "joins": 0}
+        self._due = asyncio.Event()  # something is to be told now
+        self._timer: asyncio.TimerHandle | None = None
+        self._ready = asyncio.Event()
+        self._silent_until = 0.0
+        self.nodes: dict[str, NodeDescription] = {}  # as the shard lists them, or did when it was last here
+        self.welcomed = False
+        self.endpoint = ""  # of the shard, while connected
+        self._counters = {"finds": 0, "joins": 0, "silent": 0}
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._counters | self._outbox.counters
 
     @property
     def connected(self) -> bool:
         return self._writer is not None
+
+    @property
+    def ready(self) -> bool:
+        """The shard knows us and what we hold: before that it can't answer for the cluster."""
+        return self._ready.is_set()
 
     async def run(self) -> None:
         """Until cancelled: connect, serve, and again."""
@@ -107,115 +148,143 @@ class DirectoryLink:
             try:
                 endpoint = await asyncio.to_thread(self._resolve)
                 if not endpoint:
-                    raise Unavailable("no directory yet")
+                    raise Unavailable("none yet")
                 reader, writer = await wire.connect_async(endpoint, self._settings.secret, PURPOSE, CONNECT_SECONDS)
-            except Exception as error:  # includes whatever a resolver raises: the directory is away, we go on without
+            except Exception as error:  # includes whatever a resolver raises: the shard is away, we go on without
                 if not said:
-                    log.warning("kvshare: no directory (%s); blocks of this host are shared again when it is back", error)
+                    line = "kvshare: no %s (%s); blocks of this host are shared again when it is back"
+                    log.warning(line, self._name, error)
                     said = True
             else:
                 pause, said = PAUSE_SECONDS[0], False
                 await self._serve(endpoint, reader, writer)
-            await asyncio.sleep(pause)
+            await asyncio.sleep(pause * random.uniform(PAUSE_SHARE_MIN, 1.0))
             pause = min(pause * 2, longest)
 
+    # --- telling ------------------------------------------------------------------------------------------------------
+
     def changed(self, stored: Iterable[Stored], removed: Iterable[bytes]) -> None:
-        """These blocks came, those went; told to the directory within ``publish_seconds``."""
-        if self._writer is None:
-            return
-        for key in removed:
-            self._stored.pop(key, None)
-            self._removed[key] = None
-        for block in stored:
-            self._removed.pop(block.key, None)
-            self._stored[block.key] = block
+        """These blocks came, those went; told within ``publish_seconds``."""
+        self._outbox.changed(stored, removed)
         self._arm()
 
-    def looked(self, chain: list[bytes]) -> None:
-        """An engine looked up this chain."""
-        if self._writer is not None and self._chain_keys < REPORT_KEYS_MAX:
-            self._chains.append(chain)
-            self._chain_keys += len(chain)
-            self._arm()
+    def looked(self, seen: Seen) -> None:
+        """An engine looked this up."""
+        self._outbox.looked(seen)
+        self._arm()
 
     def answer(self, message: Message) -> None:
-        """Tell the directory this, and before it all that has changed."""
-        self.flush()
-        self._send(message)
-
-    def flush(self) -> None:
-        """Tell the directory now what has changed."""
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-            self._flush()
+        """Tell the shard this, and before it all that has changed."""
+        self._outbox.post([message])
+        self._due.set()
 
     def described(self) -> None:
         """Our description changed (a new region)."""
-        if self._writer is not None:
-            self._join()
+        capable = self._member.host is not None and self._shards == 1
+        self._send(Join(PROTOCOL_VERSION, self._member.describe(), capable, self._shard, self._shards))
 
-    async def ready(self) -> None:
-        """Returns when the directory has welcomed us: before that it can't answer for the cluster."""
-        await self._welcomed.wait()
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    async def until_ready(self) -> None:
+        await self._ready.wait()
 
     async def ask(self, make: Callable[[int], Message], seconds: float) -> Any:
-        """A question to the directory. Raises Unavailable."""
+        """A question to the shard. Raises Unavailable."""
+        return await self._asked(lambda number: self._send(make(number)), seconds)
+
+    async def ask_behind(self, make: Callable[[int], Iterable[Message]], seconds: float) -> Any:
+        """A question of one or more messages that comes behind all that has changed. Raises Unavailable."""
+
+        def post(number: int) -> None:
+            self._outbox.post(make(number))
+            self._due.set()
+
+        return await self._asked(post, seconds)
+
+    async def find(self, keys: Sequence[Keys], seconds: float) -> Places:
+        """Where these keys are; of the last ones it may say nothing. If the shard is away or silent: nowhere, at once."""
+        if self._writer is None or not self._may_be_asked():
+            return NOWHERE
+        self._counters["finds"] += 1
+        try:
+            answer = await self.ask(lambda ask: Find(ask, list(keys)), seconds)
+        except Unavailable as error:
+            log.debug("kvshare: %s", error)
+            self._counters["silent"] += 1
+            self._silent_until = time.monotonic() + SILENT_SECONDS
+            return NOWHERE
+        assert isinstance(answer, Found)
+        return answer.places
+
+    def _may_be_asked(self) -> bool:
+        """A shard that was silent is tried again by one question at a time."""
+        if not self._silent_until:
+            return True
+        now = time.monotonic()
+        if now < self._silent_until:
+            return False
+        self._silent_until = now + SILENT_SECONDS
+        return True
+
+    async def _asked(self, put: Callable[[int], None], seconds: float) -> Any:
         if self._writer is None:
-            raise Unavailable("no directory")
+            raise Unavailable(f"no {self._name}")
         number = next(self._asks)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending[number] = future
         try:
-            self._send(make(number))
+            put(number)
             async with asyncio.timeout(seconds):
                 return await future
         except TimeoutError as error:
-            raise Unavailable("the directory did not answer in time") from error
+            raise Unavailable(f"the {self._name} did not answer in time") from error
         finally:
             self._pending.pop(number, None)
 
+    # --- the connection -----------------------------------------------------------------------------------------------
+
     async def _serve(self, endpoint: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer, self.endpoint = writer, endpoint
-        beating = asyncio.create_task(self._beat())
+        helpers = [asyncio.create_task(self._beat()), asyncio.create_task(self._tell(writer))]
         try:
-            self._join()
+            self.described()
+            self._arm()
             while True:
                 self._handle(self._decoder.decode(await wire.read_frame(reader, self._settings.message_bytes_max)))
-        except (KVShareError, OSError, msgspec.DecodeError) as error:
-            log.warning("kvshare: lost the directory at %s: %s", endpoint, error)
+        except (KVShareError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            log.warning("kvshare: lost the %s at %s: %s", self._name, endpoint, error)
+        except Exception:
+            log.exception("kvshare: lost the %s at %s by a failure of ours", self._name, endpoint)
         finally:
-            beating.cancel()
+            for helper in helpers:
+                helper.cancel()
             self._forget()
             writer.close()
 
     def _handle(self, message: Any) -> None:
+        self._silent_until = 0.0
         match message:
             case Welcome(nodes=nodes, purges=purges):
-                self.counters["joins"] += 1
+                self._counters["joins"] += 1
                 for erase in purges:
-                    self._on_erase(erase)  # before we publish: what it bars is not told
-                for gone in self._nodes - {node.node for node in nodes}:
-                    self._on_lost(gone)
-                self._nodes = {node.node for node in nodes}
-                for node in nodes:
-                    self._on_joined(node)
-                self._publish_all()
-                self._welcomed.set()
+                    self._member.on_erase(erase, self.answer)  # before we publish: what it bars is not told
+                self.nodes, self.welcomed = {node.node: node for node in nodes}, True
+                self._listed(None)
             case NodeJoined(node=node):
-                self._nodes.add(node.node)
-                self._on_joined(node)
+                self.nodes[node.node] = node
+                self._listed([node.node])
             case NodeLost(node=name):
-                self._nodes.discard(name)
-                self._on_lost(name)
+                self.nodes.pop(name, None)
+                self._listed([name])
             case Erase():
-                self._on_erase(message)
-            case Resync():
-                self.counters["resyncs"] += 1
-                self._publish_all()
+                self._member.on_erase(message, self.answer)
+            case Resync(parts=parts):
+                self._outbox.resync(parts)
+                self._due.set()
             case Host():
-                self._send(Hosted(message.ask, None if self._host is None else self._host(message)))
+                self._send(Hosted(message.ask, None if self._member.host is None else self._member.host(message)))
             case Take():
-                self._on_take(message)
+                self._member.on_take(message, self.answer)
             case Found() | Declared() | Plan() | PurgeDone() | Left():
                 future = self._pending.get(message.ask)
                 if future is not None and not future.done():
@@ -223,58 +292,62 @@ class DirectoryLink:
             case _:
                 raise ProtocolError(f"the directory sent {type(message).__name__}, which is no message to a node")
 
-    def _join(self) -> None:
-        self._send(Join(PROTOCOL_VERSION, self._describe(), self._host is not None))
-
-    def _publish_all(self) -> None:
-        self._stored.clear()
-        self._removed.clear()
-        first = True
-        blocks = self._inventory()
-        while (batch := list(itertools.islice(blocks, PUBLISH_BLOCKS_MAX))) or first:
-            self._publish(first, batch, [])
-            first = False
-
-    def _publish(self, full: bool, stored: list[Stored], removed: list[bytes]) -> None:
-        self._sequence += 1
-        self.counters["publishes"] += 1
-        description = self._describe()
-        self._send(Publish(description.node, description.epoch, self._sequence, full, stored, removed, self._room()))
-
     def _arm(self) -> None:
-        if self._flush_timer is None:
-            self._flush_timer = asyncio.get_running_loop().call_later(self._settings.publish_seconds, self._flush)
+        if self._timer is None and self._writer is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._settings.publish_seconds, self._due_now)
 
-    def _flush(self) -> None:
-        self._flush_timer = None
-        stored, removed = list(self._stored.values()), list(self._removed)
-        self._stored.clear()
-        self._removed.clear()
-        for start in range(0, max(len(stored), len(removed)), PUBLISH_BLOCKS_MAX):
-            end = start + PUBLISH_BLOCKS_MAX
-            self._publish(False, stored[start:end], removed[start:end])
-        if self._chains:
-            self._send(Report(self._chains))
-            self._chains, self._chain_keys = [], 0
+    def _due_now(self) -> None:
+        self._timer = None
+        self._due.set()
+
+    async def _tell(self, writer: asyncio.StreamWriter) -> None:
+        """Empty the outbox whenever that is due. Whoever reads from the connection hears when it breaks."""
+        try:
+            while True:
+                await self._due.wait()
+                self._due.clear()
+                await self._empty(writer)
+                if self._outbox.given:
+                    self._ready.set()
+        except OSError:
+            pass
+        except Exception:
+            log.exception("kvshare: joining the %s again after a failure of ours", self._name)
+            writer.transport.abort()
+
+    async def _empty(self, writer: asyncio.StreamWriter) -> None:
+        """No faster than the shard reads, and with turns for others in between. Raises OSError."""
+        while not writer.is_closing():
+            message = self._outbox.next(self._member.describe().epoch, self._member.room() // self._shards)
+            if message is None:
+                return
+            self._send(message)
+            await writer.drain()
+            await asyncio.sleep(0)
 
     def _send(self, message: Message) -> None:
-        if self._writer is not None:
-            wire.write_frame(self._writer, self._encoder.encode(message))
+        if self._writer is None or self._writer.is_closing():
+            return
+        wire.write_frame(self._writer, self._encoder.encode(message))
+        if self._writer.transport.get_write_buffer_size() > self._settings.message_bytes_max:
+            log.warning("kvshare: the %s does not read what we send: joining it again", self._name)
+            self._writer.transport.abort()
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self._settings.heartbeat_seconds)
-            self._send(Beat())
+            self._send(self._outbox.beat())
 
     def _forget(self) -> None:
-        self._writer, self.endpoint = None, ""
-        self._welcomed.clear()
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-            self._flush_timer = None
-        self._stored.clear()
-        self._removed.clear()
-        self._chains, self._chain_keys = [], 0
+        self._writer, self.endpoint, self.welcomed = None, "", False
+        self._ready.clear()
+        self._due.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._outbox.forget()
         for future in self._pending.values():
             if not future.done():
-                future.set_exception(Unavailable("the directory is gone"))
+                future.set_exception(Unavailable(f"the {self._name} is gone"))
+        self._silent_until = 0.0
+        self._listed(list(self.nodes))

@@ -1,6 +1,7 @@
 """A session asks where the blocks of a chain are: the node's answer, from what is nearest to what is farthest.
 
     Locate ─> own arena, engines of this host ─> own disk ╮              ╭─> promoted into the arena (`Fetching` says how long)
+                   └─> what the directory said lately     │              │
                              └─> directory (peers) ─> object store ──────╯
                                         └─> unmeasured peers are probed ─> Located
 
@@ -15,14 +16,11 @@ Threads: all on the node's loop.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvshare.cluster_messages import Find, Found
 from kvshare.cost import Candidate, choose
-from kvshare.errors import Unavailable
 from kvshare.messages import Fetching, Locate, Located
 from kvshare.places import Location, RegionDescription, located
 from kvshare.promotion import Want
@@ -31,9 +29,8 @@ if TYPE_CHECKING:
     from kvshare.node import Node
     from kvshare.node_session import NodeSession
 
-log = logging.getLogger("kvshare")
-
 DIRECTORY_SECONDS = 2.0  # the session gives up earlier by its own deadline
+SHARD_SHARE = 0.5  # of `lookup_seconds`, for one shard of several: what the others say is to be in time
 
 
 class Locating:
@@ -47,10 +44,17 @@ class Locating:
         """Answer now where memory knows all, else later."""
         node = self._node
         found = [self._near(key) for key in message.keys]
+        unknown: list[int] = []
+        if not all(found):
+            bars, on_disk = node.gate.bars, node.memory.tiers.on_disk
+            missing = [i for i, key in enumerate(message.keys) if not (found[i] or on_disk(key) or bars(key))]
+            told = node.answers.get([message.keys[i] for i in missing], time.monotonic())
+            self._take(message.keys, found, missing, told)
+            unknown = [i for i in missing if not found[i]]
         if all(found) or not (node.link.connected or node.memory.tiers.enabled):
             self._settle(message, found)
         else:
-            self._session.later(self._locate_far(message, found))
+            self._session.later(self._locate_far(message, found, unknown))
 
     def _near(self, key: bytes) -> list[Location]:
         """Where memory of this host has it."""
@@ -67,10 +71,8 @@ class Locating:
         block = self._node.memory.lookup(key)
         return None if block is None else located(self._node.name, block)
 
-    async def _locate_far(self, message: Locate, found: list[list[Location]]) -> None:
+    async def _locate_far(self, message: Locate, found: list[list[Location]], unknown: list[int]) -> None:
         node = self._node
-        bars, on_disk = node.gate.bars, node.memory.tiers.on_disk
-        unknown = [i for i, key in enumerate(message.keys) if not (found[i] or on_disk(key) or bars(key))]
         if unknown and node.link.connected:
             await self._ask_directory(message, found, unknown)
         if node.memory.tiers.enabled:
@@ -78,20 +80,22 @@ class Locating:
         self._settle(message, found)
 
     async def _ask_directory(self, message: Locate, found: list[list[Location]], unknown: list[int]) -> None:
-        try:
-            wanted = [message.keys[i] for i in unknown]
-            answer = await self._node.link.ask(lambda ask: Find(ask, wanted), DIRECTORY_SECONDS)
-        except Unavailable as error:
-            log.debug("kvshare: %s", error)
-            return
-        if isinstance(answer, Found):
-            regions = {(place.node, place.region): place for places in answer.locations for place in places}
-            reached = {where for where, place in regions.items() if self._reachable(place)}
-            ends = self._node.memory.ends
-            for at, (i, places) in enumerate(zip(unknown, answer.locations, strict=False)):
+        link, answers = self._node.link, self._node.answers
+        seconds = DIRECTORY_SECONDS if len(link) == 1 else self._node.settings.lookup_seconds * SHARD_SHARE
+        wanted = [message.keys[i] for i in unknown]
+        told = await link.find(wanted, seconds)
+        answers.put(wanted, told, time.monotonic())
+        self._take(message.keys, found, unknown, told)
+
+    def _take(self, keys: Sequence[bytes], found: list[list[Location]], which: list[int], told: list[list[Location]]) -> None:
+        """Of what the directory told, what we can read and may."""
+        ends, regions = self._node.memory.ends, {(place.node, place.region): place for places in told for place in places}
+        reached = {where for where, place in regions.items() if self._reachable(place)}
+        for i, places in zip(which, told, strict=True):
+            if places:
                 found[i] = [place for place in places if (place.node, place.region) in reached and not ends.over(place.expires)]
                 for place in found[i]:
-                    ends.told(wanted[at], place.expires)
+                    ends.told(keys[i], place.expires)
 
     def _reachable(self, location: Location) -> bool:
         peer = self._node.region_of(location)

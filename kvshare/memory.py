@@ -152,8 +152,8 @@ class Memory:
         return replace(block, expires=expires) if expires else block
 
     def inventory(self) -> Iterator[Stored]:
-        """One place for each block that we have: arenas first."""
-        for store in self.stores.values():
+        """One place for each block that we have: arenas first. May be read piece by piece, whatever changes meanwhile."""
+        for store in list(self.stores.values()):
             yield from store.inventory()
         yield from self.tiers.inventory()
 

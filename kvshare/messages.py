@@ -9,6 +9,9 @@ Those between nodes and the directory are in `kvshare.cluster_messages`.
 
 A message that asks carries ``ask`` (a number chosen by the asker, unique on its connection); its answer carries the same.
 Messages hold keys, slots and numbers; never block bytes, never anything that is unpickled.
+
+Whoever decodes bytes of others expects `msgspec.MsgspecError`, and `UnicodeDecodeError`: text that is none is not msgspec's
+affair.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from kvshare.keys import Namespace
 from kvshare.places import Location, NodeDescription, ProcessMemory, RegionDescription, Stored
 from kvshare.purge import NodePurge, PurgeScope
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Message(msgspec.Struct, tag=True, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -91,6 +94,12 @@ class Quarantine(Message, frozen=True):
     generations: list[int]
 
 
+class Missed(Message, frozen=True):
+    """These blocks of peers were not where `Located` said, or could not be read: forget where they were. Not answered."""
+
+    keys: list[bytes]
+
+
 class Looked(Message, frozen=True):
     """An engine looked these up (a chain, in order; ``hits`` of them were there). Feeds eviction and hotness."""
 
@@ -156,7 +165,7 @@ class Shown(Message, frozen=True):
 
 
 ToNode = Union[
-    Attach, Locate, Reserve, Commit, Abort, Quarantine, Looked, AskWarm, AskStatus, Purge, Stop, Drain, Expose, Shown
+    Attach, Locate, Reserve, Commit, Abort, Quarantine, Missed, Looked, AskWarm, AskStatus, Purge, Stop, Drain, Expose, Shown
 ]
 
 

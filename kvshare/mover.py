@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 from kvshare.cost import Meter, Rates
 from kvshare.loading import LoadPlan, Measured, Source, SourceRead
+from kvshare.messages import Missed
 from kvshare.places import RegionDescription
 from kvshare.pull import Pull, Reader
 from kvshare.saving import SaveJob, Saver
@@ -142,6 +143,9 @@ class Mover(Reader):
         node = self._session.node
         if node is not None and read.description.node == node.node:
             self._session.quarantine(read.slots[blocks], read.generations[blocks])
+
+    def missed(self, keys: list[bytes]) -> None:
+        self._session.send(Missed(keys))
 
     def resume(self, pull: Pull) -> None:
         self._loads.put(pull)

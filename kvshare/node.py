@@ -2,7 +2,7 @@
 
     engines ──Unix socket──> sessions ─> Memory (regions, stores) <──data server── peers (validated reads, no locks)
                                 │                     │ changes
-                                └─> Warmer            └─> DirectoryLink ──TCP──> directory
+                                └─> Warmer            └─> Shards ──TCP──> the directory, or its shards
 
 A node runs one asyncio loop in one thread; so it works as a plain process and inside a Ray actor alike. It blocks on
 nothing: system calls that take long run in the loop's pool, bytes move in the transports' threads. Idle, it sleeps.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from kvshare import keys
+from kvshare.answers import Answers
 from kvshare.cluster_messages import Host
 from kvshare.config import Settings
 from kvshare.cost import Rates
@@ -29,7 +30,7 @@ from kvshare.errors import ConfigError, KVShareError
 from kvshare.exposed import Exposed
 from kvshare.gate import Gate
 from kvshare.handover import Handover
-from kvshare.link import DirectoryLink
+from kvshare.link import Member
 from kvshare.memory import Memory
 from kvshare.messages import Drained, Expose, NodeStatus, PeerLost, Purge, Purged
 from kvshare.node_session import NodeSession
@@ -38,6 +39,7 @@ from kvshare.probe import Prober
 from kvshare.purge import PurgeScope
 from kvshare.purging import Purger
 from kvshare.region import generation_now
+from kvshare.shards import Shards
 from kvshare.tenants import Tenants
 from kvshare.transport.choose import Transports, host_id
 from kvshare.warm import Warmer
@@ -52,16 +54,20 @@ STOP_SECONDS = 10.0
 class Node:
     """See the module's docstring.
 
-    settings: see `Settings`; resolve_directory: called in a thread at every (re)connect, returns "host:port" or "" when
-    there is none yet (default: ``settings.directory``); idle_exit: end after ``idle_exit_seconds`` without sessions.
+    settings: see `Settings`; resolve_directory: called in a thread at every (re)connect with the number of a shard of the
+    directory, below ``settings.directory_shards``; returns its "host:port" or "" when there is none yet (default: what
+    ``settings.directory`` names); idle_exit: end after ``idle_exit_seconds`` without sessions.
     """
 
     def __init__(
-        self, settings: Settings, resolve_directory: Callable[[], str] | None = None, *, idle_exit: bool = False
+        self, settings: Settings, resolve_directory: Callable[[int], str] | None = None, *, idle_exit: bool = False
     ) -> None:
         self.settings = settings
-        self.resolve = resolve_directory or (lambda: settings.directory)
-        self.clustered = resolve_directory is not None or bool(settings.directory)
+        endpoints = settings.directories
+        self.resolve = resolve_directory or endpoints.__getitem__
+        self.shards = settings.directory_shards if resolve_directory is not None else max(1, len(endpoints))
+        self.clustered = resolve_directory is not None or bool(endpoints)
+        self.answers = Answers()
         self._idle_exit = idle_exit and settings.idle_exit_seconds > 0
         self._idle_timer: asyncio.TimerHandle | None = None
         self.host = host_id()
@@ -163,6 +169,7 @@ class Node:
         counters["exposed_blocks"] = sum(len(exposed) for exposed in self.exposed.values())
         counters.update({f"directory_{name}": count for name, count in self.link.counters.items()})
         engines = [exposed.describe() for exposed in self.exposed.values()]
+        counters["directory_cached"] = self.answers.used
         endpoint, sessions = self.link.endpoint, len(self.sessions)
         return NodeStatus(ask, self.describe(), endpoint, sessions, counters, engines, self._paths())
 
@@ -220,18 +227,18 @@ class Node:
         self._epoch = generation_now()  # grows with every start, whatever the arenas do
         self.handover = Handover(self)
         self.groups = Groups(self.memory, settings)
-        self.link = DirectoryLink(
-            settings,
-            self.resolve,
+        member = Member(
+            self.name,
             self.describe,
             self._inventory,
             self._peer_joined,
             self._peer_lost,
-            self._host if self.groups.capable else None,
             lambda: self.memory.free_bytes,
+            self._host if self.groups.capable else None,
             self.handover.take,
-            on_erase=self.purger.begin,
+            self.purger.begin,
         )
+        self.link = Shards(settings, member, self.resolve, self.shards)
         warm_bytes = settings.warm_bytes if self.clustered else 0  # alone, there is nobody to pull from
         rates = Rates()
         self.prober = Prober(self.transports, rates, settings.transfer_seconds)
@@ -351,6 +358,7 @@ class Node:
             return
         known = self.memory.peers.get(node.node)
         if known is not None and known.epoch != node.epoch:
+            self.answers.clear()
             self.transports.forget(node.node)
             self.prober.rates.forget(node.node)
         self.memory.peers[node.node] = node
@@ -358,6 +366,7 @@ class Node:
     def _peer_lost(self, name: str) -> None:
         if self.memory.peers.pop(name, None) is not None:
             log.info("kvshare: node %s is gone", name)
+            self.answers.clear()
             self.transports.forget(name)
             self.prober.rates.forget(name)
             for session in self.sessions.values():

@@ -11,7 +11,6 @@ import msgspec
 from msgspec.structs import replace
 
 from kvshare import keys, wire
-from kvshare.cluster_messages import Declare, Declared
 from kvshare.errors import ProtocolError, RegionError, Unavailable
 from kvshare.locating import DIRECTORY_SECONDS, Locating
 from kvshare.messages import (
@@ -30,6 +29,7 @@ from kvshare.messages import (
     Locate,
     Looked,
     Message,
+    Missed,
     Purge,
     Quarantine,
     Refused,
@@ -75,7 +75,7 @@ class NodeSession:
                 frame = await wire.read_frame(self._reader, bytes_max)
                 try:
                     message = self._decoder.decode(frame)
-                except msgspec.DecodeError as error:
+                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                     raise ProtocolError(f"a session sent no message of ours: {error}") from error
                 await self._handle(message)
         finally:
@@ -132,10 +132,10 @@ class NodeSession:
             case Abort(region=region, slots=slots, generations=generations):
                 if region in memory.stores:
                     memory.stores[region].abort(slots, generations, self.number)
-            case Quarantine(region=region, slots=slots, generations=generations):
-                if region in memory.stores:
-                    memory.stores[region].quarantine(slots, generations, time.monotonic())
-                    memory.flush(region)
+            case Quarantine():
+                self._quarantine(message)
+            case Missed(keys=wrong):
+                self._node.answers.drop(wrong)
             case Looked(keys=chain, hits=hits):
                 self._looked(chain, hits)
             case Attach():
@@ -187,20 +187,26 @@ class NodeSession:
         others = {other.family(): other for other in known.values()}
         known[namespace.family()] = namespace
         try:
-            answer = await self._node.link.ask(lambda ask: Declare(ask, namespace), DIRECTORY_SECONDS)
-            if isinstance(answer, Declared):
-                others.update({other.family(): other for other in answer.others})
+            known_elsewhere = await self._node.link.declare(namespace, DIRECTORY_SECONDS)
+            others.update({other.family(): other for other in known_elsewhere})
         except Unavailable:
             pass  # this host's own namespaces are compared all the same
         if namespace.family() in others:
             return []
         return [_differs(namespace, other) for other in list(others.values())[:3]]
 
+    def _quarantine(self, message: Quarantine) -> None:
+        store = self._node.memory.stores.get(message.region)
+        if store is not None:
+            store.quarantine(message.slots, message.generations, time.monotonic())
+            self._node.memory.flush(message.region)
+
     def _looked(self, chain: list[bytes], hits: int) -> None:
         for store in self._node.memory.stores.values():
             store.touch(chain[:hits], chain[hits:])
         self._node.memory.tiers.used(chain[:hits])
-        self._node.link.looked(chain)
+        if self._node.clustered:
+            self._node.link.looked(chain)
 
     async def _warm(self, ask: int, family: bytes, seconds: float) -> None:
         self.send(await self._node.warmer.wait(ask, family, seconds))

@@ -3,7 +3,7 @@
     hottest first ──> held by the asking node?  ──yes──> present
                   ──> the block before it held or planned?  ──no──> of no use, skipped
                   ──> donors that are reachable and have time left  ──none──> skipped, and what follows it
-                  ──> the least loaded donor gives it
+                  ──> the donor that is done with it first gives it
 
 The plan is prefix-closed: whatever it is cut to (bytes, seconds, a donor's death), each block in it can be used as soon as
 those before it are there.
@@ -11,6 +11,7 @@ those before it are there.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 from kvshare.hotness import NO_PARENT, HotKey
 from kvshare.places import Location, WarmItem
 
-# What a plan assumes of one donor. Not a measurement: it turns a deadline into a share, and being wrong by a factor only
-# makes a plan too short or lets it be cut by the node's own deadline.
+# What a plan assumes of a donor that nobody has measured. Being wrong by a factor only makes a plan too short or lets it be cut
+# by the node's own deadline.
 DONOR_BYTES_PER_SECOND = 1 << 30
 
 
@@ -40,40 +41,43 @@ def plan_warm(
     bytes_max: int,
     seconds_max: float,
     busy: Mapping[str, float] | None = None,
-    donor_bytes_per_second: float = DONOR_BYTES_PER_SECOND,
+    rates: Mapping[str, float] | None = None,
 ) -> WarmPlan:
     """Plan for one node.
 
     ranked: a prefix-closed ranking, hottest first. holds: does the asking node hold this block? locate: where others do.
     reachable: is this node alive and can the asking node read from it? busy: seconds of work that donors have been given by
-    other plans; it spreads the load and takes nothing from this plan's time. The plan ends before the first block that would
-    take it over ``bytes_max``, and gives no donor more than ``seconds_max`` of work.
+    other plans; it spreads the load and takes nothing from this plan's time. rates: bytes per second of the donors that have
+    been measured, positive. The plan ends before the first block that would take it over ``bytes_max``, and gives no donor more
+    than ``seconds_max`` of work.
     """
     usable = {NO_PARENT}
     items: list[WarmItem] = []
     seconds: dict[str, float] = {}
-    busy = busy or {}
+    busy, rates = busy or {}, rates or {}
     present = planned_bytes = 0
 
     for key, parent in ranked:
-        if parent not in usable:
+        if parent not in usable or key in usable:
             continue
         if holds(key):
             present += 1
             usable.add(key)
             continue
-        choices = [where for where in locate(key) if reachable(where.node)]
-        choices = [
-            where for where in choices if seconds.get(where.node, 0.0) + where.length / donor_bytes_per_second <= seconds_max
-        ]
-        if not choices:
+        chosen, work, earliest = None, 0.0, math.inf
+        for where in locate(key):
+            name = where.node
+            given = seconds.get(name, 0.0) + where.length / rates.get(name, DONOR_BYTES_PER_SECOND)
+            done = given + busy.get(name, 0.0)
+            # The first of equals: locate names the freshest first.
+            if done < earliest and given <= seconds_max and reachable(name):
+                chosen, work, earliest = where, given, done
+        if chosen is None:
             continue
-        # min takes the first of equals: locate names the freshest first.
-        chosen = min(choices, key=lambda where: busy.get(where.node, 0.0) + seconds.get(where.node, 0.0))
         if planned_bytes + chosen.length > bytes_max:
             break
         planned_bytes += chosen.length
-        seconds[chosen.node] = seconds.get(chosen.node, 0.0) + chosen.length / donor_bytes_per_second
+        seconds[chosen.node] = work
         items.append(WarmItem(key, chosen))
         usable.add(key)
     return WarmPlan(items, present, seconds)
@@ -86,6 +90,7 @@ def plan_group(
     bytes_max: int,
     seconds_max: float,
     busy: Mapping[str, float] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> WarmPlan:
     """Plan for several nodes at once: all items lie in one region of one donor, the one that has most, and have one length.
 
@@ -105,7 +110,7 @@ def plan_group(
     def in_lot(key: bytes) -> list[Location]:
         return [where for where in locate(key) if _lot(where) == lot]
 
-    return plan_warm(ranked, all_hold, in_lot, lambda _: True, bytes_max, seconds_max, busy)
+    return plan_warm(ranked, all_hold, in_lot, lambda _: True, bytes_max, seconds_max, busy, rates)
 
 
 def _lot(where: Location) -> tuple[str, int, int]:

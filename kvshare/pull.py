@@ -53,6 +53,9 @@ class Reader(Protocol):
     def corrupt(self, read: SourceRead, blocks: I64) -> None:
         """These of the read's blocks failed their checksum."""
 
+    def missed(self, keys: list[bytes]) -> None:
+        """Peers did not have these, or could not be read."""
+
     def resume(self, pull: Pull) -> None:
         """Call `Pull.advance` soon."""
 
@@ -194,6 +197,9 @@ class Pull(Transfer):
         corrupt = np.flatnonzero(statuses == BlockStatus.CORRUPT)
         if len(corrupt):
             self._reader.corrupt(stream.read, first + corrupt)
+        bad = [] if stream.own else positions[(statuses != BlockStatus.OK) & (statuses != BlockStatus.CANCELLED)].tolist()
+        if bad:
+            self._reader.missed([self._plan.prefix + self._plan.hashes[position] for position in bad])
         if stream.left:
             self._reader.resume(self)
         else:

@@ -31,9 +31,10 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvshare.cluster_messages import AskPurge, Erase, Erased, PurgeDone
+from kvshare.cluster_messages import Erase, Erased
 from kvshare.errors import KVShareError, Unavailable
 from kvshare.keys import tenant_tag
+from kvshare.link import Answer
 from kvshare.messages import Purge, Purged, Withdraw
 from kvshare.purge import ARENA, ENGINES, Matches, NodePurge, PurgeScope, TierPurge, added_up
 from kvshare.purge_rounds import GATHER_SECONDS, REMEMBERED_MAX
@@ -117,8 +118,7 @@ class Purger:
         silent: list[str] = []
         if self._node.clustered:
             try:
-                answer = await self._node.link.ask(lambda ask: AskPurge(ask, scope, destroy_key), DIRECTORY_SECONDS)
-                assert isinstance(answer, PurgeDone)
+                answer = await self._node.link.purge(scope, destroy_key, DIRECTORY_SECONDS)
                 nodes = list(answer.nodes)
                 silent = [f"node {name} did not answer: it is asked again when it is back" for name in answer.silent]
             except Unavailable as error:
@@ -142,22 +142,23 @@ class Purger:
 
     # --- asked by the directory ---------------------------------------------------------------------------------------
 
-    def begin(self, erase: Erase) -> None:
+    def begin(self, erase: Erase, answer: Answer) -> None:
         """Bar the scope now, and do the rest soon. What is done already is only answered again."""
         if erase.number in self._done:
-            self._node.link.answer(Erased(erase.number, self._done[erase.number]))
+            answer(Erased(erase.number, self._done[erase.number]))
         elif erase.number not in self._begun:
             self._begun.add(erase.number)
-            self._spawn(self._obey(erase, self._bar(erase.scope)))
+            self._spawn(self._obey(erase, self._bar(erase.scope), answer))
 
-    async def _obey(self, erase: Erase, matches: Matches) -> None:
+    async def _obey(self, erase: Erase, matches: Matches, answer: Answer) -> None:
         try:
             self._done[erase.number] = await self._carry_out(erase.scope, erase.destroy_key, matches)
         finally:
             self._begun.discard(erase.number)
         if len(self._done) > REMEMBERED_MAX:
             self._done.popitem(last=False)
-        self._node.link.answer(Erased(erase.number, self._done[erase.number]))
+        await self._node.link.settle(SETTLE_SECONDS)
+        answer(Erased(erase.number, self._done[erase.number]))
 
     # --- doing it -----------------------------------------------------------------------------------------------------
 
@@ -228,6 +229,7 @@ class Purger:
     def _bar(self, scope: PurgeScope) -> Matches:
         matches = scope.matcher()
         self._node.gate.close(matches)
+        self._node.answers.clear()
         return matches
 
     def _open_later(self, matches: Matches) -> None:

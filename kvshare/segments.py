@@ -145,7 +145,7 @@ def decode(name: str, data: bytes) -> Segment:
         raise DamagedManifest(f"manifest {name} is damaged or cut short")
     try:
         manifest = msgspec.msgpack.decode(body, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DamagedManifest(f"manifest {name}: {error}") from error
     whole = manifest.segment.hex() == name and 1 <= len(manifest.origins) <= _ORIGINS_MAX
     if not whole or len(manifest.records) % RECORD.itemsize or any(len(origin) != ID_BYTES for origin in manifest.origins):

@@ -1,4 +1,6 @@
-"""The directory as a Ray actor, and the supervisor in it: one node actor on every living Ray node.
+"""The directory as Ray actors, one for each shard, and the supervisor in the first: one node actor on every living Ray node.
+
+    shard 0: `DirectoryActor`, with the supervisor     shard 1 ..: `ShardActor`, each made (again) when there is none
 
     Ray node appears ──> a node actor on it      Ray node is gone ──> its node is forgotten
     Ray node is about to go (drained, preempted) ──> its node hands over and ends, before it
@@ -9,6 +11,7 @@ Threads: methods of the actor run in Ray's threads; the supervisor is one thread
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -59,32 +62,47 @@ def draining_ray_nodes() -> dict[str, float]:
     return {ray_node: deadline / 1000 - now if deadline else float("inf") for ray_node, deadline in deadlines.items()}
 
 
-class DirectoryActor:
-    """The cluster's directory and the supervisor of its nodes. ``values``: settings, the secret among them.
-    Raises ConfigError."""
+class ShardActor:
+    """One shard of the cluster's directory. ``values``: settings, the secret among them. Raises ConfigError."""
 
-    def __init__(self, values: dict[str, Any], num_cpus: float) -> None:
+    def __init__(self, values: dict[str, Any], shard: int) -> None:
         log_to_stderr()
-        self._values = values
-        # The port is the nodes' one; the directory is found by name and takes a free one.
-        self._server = DirectoryServer(
-            Settings.load({**values, "bind": ray.util.get_node_ip_address(), "port": 0}, environment())
-        )
+        # The port is the nodes' one; a shard is found by name and takes a free one.
+        settings = Settings.load({**values, "bind": ray.util.get_node_ip_address(), "port": 0}, environment())
+        self._server = DirectoryServer(settings, shard, settings.directory_shards)
         self._server.start()
-        self._supervisor = Supervisor(self._server, values, num_cpus)
-        self._supervisor.start()
 
     def endpoint(self) -> str:
         return str(self._server.endpoint)
+
+    def shard(self) -> tuple[int, str, DirectoryStatus]:
+        """Our process id, our endpoint, and the shard's status."""
+        return os.getpid(), self.endpoint(), self._server.status()
+
+    def node_lost(self, node: str) -> None:
+        self._server.node_lost(node)
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+class DirectoryActor(ShardActor):
+    """The cluster's directory, or the first shard of it, and the supervisor of the others and of the nodes. ``values``: as
+    above. Raises ConfigError."""
+
+    def __init__(self, values: dict[str, Any], num_cpus: float) -> None:
+        super().__init__(values, 0)
+        self._values = values
+        self._supervisor = Supervisor(self._server, values, num_cpus)
+        self._supervisor.start()
 
     def values(self) -> dict[str, Any]:
         """Settings that the cluster was started with."""
         return self._values
 
-    def status(self) -> tuple[int, DirectoryStatus, dict[str, str], set[str]]:
-        """Our process id, the directory's status, why nodes that could not start did not, by Ray node, and the Ray nodes whose
-        nodes have left."""
-        return os.getpid(), self._server.status(), self._supervisor.failures(), self._supervisor.left()
+    def nodes(self) -> tuple[dict[str, str], set[str]]:
+        """Why nodes that could not start did not, by Ray node, and the Ray nodes whose nodes have left."""
+        return self._supervisor.failures(), self._supervisor.left()
 
     def drain(self, ray_node: str, seconds: float | None) -> Drained | None:
         """Hand over what only the node of this Ray node holds, and end it for good. Raises Unavailable."""
@@ -100,13 +118,14 @@ class DirectoryActor:
 
 
 class Supervisor:
-    """Keeps one node actor on every living Ray node that is not about to go; those hand over. Its state is what Ray knows: a
-    restarted one finds all by name."""
+    """Keeps one node actor on every living Ray node that is not about to go; those hand over. And an actor for each further
+    shard of the directory. Its state is what Ray knows: a restarted one finds all by name."""
 
     def __init__(self, server: DirectoryServer, values: Mapping[str, Any], num_cpus: float) -> None:
         self._server = server
         self._values = dict(values)
-        self._cluster = Settings.load(values, {}).cluster
+        settings = Settings.load(values, {})
+        self._cluster, self._shards = settings.cluster, range(1, settings.directory_shards)
         self._num_cpus = num_cpus
         self._actors: dict[str, Any] = {}  # Ray node -> handle of its node actor
         self._lifetimes: dict[Any, str] = {}  # reference that resolves when the actor has ended -> Ray node
@@ -144,12 +163,29 @@ class Supervisor:
         while not self._stopping.is_set():
             try:
                 alive = alive_ray_nodes()
+                self._keep_shards()
                 self._hand_over(draining_ray_nodes())
                 self._reconcile(alive)
                 self._sleep()
             except (ray.exceptions.RayError, ValueError) as error:
                 log.warning("kvshare: supervising goes on after a failure of Ray: %s", reason_of(error))
                 self._stopping.wait(WATCH_SECONDS)
+
+    def _keep_shards(self) -> None:
+        """Ray restarts those that die; one that was removed is made anew."""
+        for shard in self._shards:
+            try:
+                ray.get_actor(directory_name(self._cluster, shard), NAMESPACE)
+            except ValueError:
+                create_shard(self._values, self._cluster, shard, self._num_cpus)
+
+    def _lose(self, ray_node: str) -> None:
+        """Have all shards forget the node of this Ray node now, rather than at its missing heartbeats."""
+        name = node_name(ray_node)
+        self._server.node_lost(name)
+        for shard in self._shards:
+            with contextlib.suppress(ValueError):  # there is none now: it will not hear of that node either
+                ray.get_actor(directory_name(self._cluster, shard), NAMESPACE).node_lost.remote(name)
 
     def _hand_over(self, draining: Mapping[str, float]) -> None:
         """Ray nodes that are to go: ours leaves before they do. Not waited for: it ends when it is done, like any."""
@@ -169,7 +205,7 @@ class Supervisor:
         gone = self._actors.keys() - alive.keys()
         for ray_node in gone:
             log.info("kvshare: Ray node %s is gone, and our node with it", node_name(ray_node))
-            self._server.node_lost(node_name(ray_node))
+            self._lose(ray_node)
             self._kill(ray_node)
         for ray_node in self._failed.keys() - alive.keys():
             del self._failed[ray_node]
@@ -231,17 +267,27 @@ class Supervisor:
             elif ray_node in alive_ray_nodes() and not self._stopping.is_set():
                 log.warning("kvshare: node %s: %s; next try in %g s", node_name(ray_node), reason, RETRY_SECONDS)
                 self._failed[ray_node] = (time.monotonic() + RETRY_SECONDS, reason)
-            self._server.node_lost(node_name(ray_node))
+            self._lose(ray_node)
             self._kill(ray_node)
 
 
 def create_directory(values: Mapping[str, Any], cluster: str, num_cpus: float) -> Any:
-    """Handle of the cluster's directory actor, made if need be. It prefers Ray's head, which lives as long as Ray does."""
+    """Handle of the cluster's directory actor, made if need be."""
+    return _made(DirectoryActor, directory_name(cluster), num_cpus, dict(values), num_cpus)
+
+
+def create_shard(values: Mapping[str, Any], cluster: str, shard: int, num_cpus: float) -> Any:
+    """Handle of the actor that is this further shard of the directory, made if need be."""
+    return _made(ShardActor, directory_name(cluster, shard), num_cpus, dict(values), shard)
+
+
+def _made(kind: type[ShardActor], name: str, num_cpus: float, *arguments: Any) -> Any:
+    """An actor that prefers Ray's head, which lives as long as Ray does."""
     heads = [node_id for node_id, node in alive_ray_nodes().items() if "node:__internal_head__" in node["Resources"]]
     return (
-        ray.remote(DirectoryActor)
+        ray.remote(kind)
         .options(
-            name=directory_name(cluster),
+            name=name,
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
@@ -251,5 +297,5 @@ def create_directory(values: Mapping[str, Any], cluster: str, num_cpus: float) -
             num_cpus=num_cpus,
             scheduling_strategy=NodeAffinitySchedulingStrategy(heads[0], soft=True) if heads else "DEFAULT",
         )
-        .remote(dict(values), num_cpus)
+        .remote(*arguments)
     )

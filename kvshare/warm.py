@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare import keys, native
-from kvshare.cluster_messages import AskPlan, Plan
 from kvshare.cost import Rates
 from kvshare.errors import KVShareError, Unavailable
 from kvshare.messages import Warm
@@ -32,8 +31,8 @@ from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Targets
 from kvshare.warm_group import Groups, batch_blocks
 
 if TYPE_CHECKING:
-    from kvshare.link import DirectoryLink
     from kvshare.memory import Memory
+    from kvshare.shards import Shards
     from kvshare.slots import Arena
     from kvshare.store import Store
     from kvshare.transport.choose import Transports
@@ -78,7 +77,7 @@ class Warmer:
     def __init__(
         self,
         memory: Memory,
-        link: DirectoryLink,
+        link: Shards,
         transports: Transports,
         rates: Rates,
         groups: Groups,
@@ -158,12 +157,8 @@ class Warmer:
         for turn in range(ROUNDS_MAX):
             left, together = self._bytes_max - job.bytes_pulled, turn == 0 and self._groups.capable
             patience = DIRECTORY_SECONDS + together * self._memory.settings.warm_gather_seconds
-            plan = await self._link.ask(
-                lambda ask, left=left, together=together: AskPlan(ask, job.family, left, self._seconds_max, together),  # type: ignore[misc]
-                patience,
-            )
-            if not isinstance(plan, Plan):
-                raise Unavailable(f"the directory answered {type(plan).__name__}")
+            rates = self._rates.of_nodes(time.monotonic())
+            plan = await self._link.plan(job.family, left, self._seconds_max, together, rates, patience)
             if turn == 0:
                 job.present, job.wanted = plan.present, plan.present + len(plan.items)
             before = job.pulled

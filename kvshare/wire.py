@@ -213,7 +213,7 @@ async def connect_async(
         if writer is not None:
             writer.close()
         raise Unavailable(f"{endpoint} cannot be reached: {type(error).__name__} {error}") from error
-    except ProtocolError:
+    except BaseException:  # cancelled, too
         if writer is not None:
             writer.close()
         raise

@@ -179,7 +179,7 @@ class Board:
             rank = self._admit(sock, wire.accept_tcp(sock, self._secret))
             while True:
                 self._handle(sock, _requests.decode(wire.receive_frame(sock, MESSAGE_BYTES_MAX)))
-        except (OSError, ProtocolError, msgspec.MsgspecError) as error:
+        except (OSError, ProtocolError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             if not rank and not self._closed:
                 log.warning("kvshare: somebody was refused in a group of ours: %s", error)
         finally:
@@ -246,7 +246,7 @@ class Member:
                 # A donor that is stopped answers nothing: the limit is ours.
                 self._sock.settimeout(seconds + 0.25)
                 answer = _answers.decode(wire.receive_frame(self._sock, GROUP_RANKS_MAX * MESSAGE_BYTES_MAX))
-            except (OSError, ProtocolError, msgspec.MsgspecError) as error:
+            except (OSError, ProtocolError, msgspec.MsgspecError, UnicodeDecodeError) as error:
                 self.close()  # an answer that comes late would be taken for the next one
                 raise Unavailable(f"the donor does not answer: {error}") from error
         if len(answer.values) != len(names):

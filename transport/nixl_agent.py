@@ -85,7 +85,7 @@ def unpacked(metadata: bytes) -> Connection:
     """Raises BadMetadata: it is damaged or of another version."""
     try:
         found = msgspec.msgpack.decode(metadata, type=Connection)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadMetadata(f"the peer's NIXL metadata is damaged ({error}); it must be described afresh") from error
     if found.version != VERSION:
         raise BadMetadata(f"the peer's NIXL metadata has version {found.version}, ours {VERSION}: run one kvshare on all hosts")

@@ -199,7 +199,7 @@ class DataServer:
                 blame = "broken"
                 self._answer(connection, request)
                 blame = "garbage"
-        except (ProtocolError, msgspec.MsgspecError, OSError) as error:
+        except (ProtocolError, msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
             if not self._closing.is_set():
                 self._count(**{blame: 1})
                 log.debug("kvshare: a data connection ended (%s): %s", blame, error)

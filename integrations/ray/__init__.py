@@ -17,6 +17,6 @@ if __name__ != "kvshare.integrations.ray":
     raise ImportError(f"import kvshare.integrations.ray, not {__name__}")
 
 from kvshare.integrations.ray.cluster import Cluster, drain, engine_env, purge, start, status, stop
-from kvshare.integrations.ray.status import ClusterStatus, NodeState
+from kvshare.integrations.ray.status import ClusterStatus, NodeState, ShardState
 
-__all__ = ["Cluster", "ClusterStatus", "NodeState", "drain", "engine_env", "purge", "start", "status", "stop"]
+__all__ = ["Cluster", "ClusterStatus", "NodeState", "ShardState", "drain", "engine_env", "purge", "start", "status", "stop"]

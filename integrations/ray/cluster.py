@@ -1,13 +1,14 @@
 """Start, status and stop of kvshare on the Ray cluster that this process is connected to.
 
 Stopping goes step by step, each bounded, and needs no living directory: 1. supervise no more, 2. nodes end in good order,
-3. node actors end, 4. what killed nodes left on living hosts is removed, 5. the directory ends.
+3. node actors end, 4. what killed nodes left on living hosts is removed, 5. the directory's shards end.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,7 @@ from kvshare import actors, supervisor
 from kvshare.cluster_messages import DirectoryStatus
 from kvshare.config import Settings
 from kvshare.errors import ConfigError, Unavailable
-from kvshare.integrations.ray.status import ClusterStatus, NodeState
+from kvshare.integrations.ray.status import ClusterStatus, NodeState, ShardState
 from kvshare.messages import Drained, NodeStatus, Purged
 from kvshare.purge import PurgeScope
 
@@ -53,6 +54,7 @@ class Cluster:
             failed = [f"{node.node}: {node.reason}" for node in now.nodes if node.state == "failed"]
             if failed or time.monotonic() > deadline:
                 missing = failed or [f"{node.node} is {node.state}" for node in now.nodes if node.state != "joined"]
+                missing += [f"shard {i} of the directory is away" for i, shard in enumerate(now.shards) if not shard.endpoint]
                 raise Unavailable(f"kvshare cluster {self.cluster!r} is not complete: {'; '.join(missing) or 'no Ray nodes'}")
             time.sleep(PAUSE_SECONDS)
 
@@ -119,15 +121,18 @@ def status(cluster: str = "default") -> ClusterStatus:
     alive = actors.alive_ray_nodes()
     asked = {ray_node: _actor(actors.node_actor_name(cluster, ray_node)) for ray_node in alive}
     questions = {ray_node: actor.status.remote() for ray_node, actor in asked.items() if actor is not None}
-    endpoint, pid, known, failures, left = "", 0, DirectoryStatus(0, 0, [], 0, {}), dict[str, str](), set[str]()
-    question, where = directory.status.remote(), directory.endpoint.remote()
-    ray.wait([question, where, *questions.values()], num_returns=len(questions) + 2, timeout=ANSWER_SECONDS)
+    failures, left = dict[str, str](), set[str]()
+    question = directory.nodes.remote()
+    parts = [actor.shard.remote() if actor is not None else None for actor in [directory, *_further_shards(cluster)]]
+    asked_for = [question, *(part for part in parts if part is not None), *questions.values()]
+    ray.wait(asked_for, num_returns=len(asked_for), timeout=ANSWER_SECONDS)
     try:
-        pid, known, failures, left = ray.get(question, timeout=0)
-        endpoint = ray.get(where, timeout=0)
+        failures, left = ray.get(question, timeout=0)
     except ray.exceptions.RayError:
         pass  # restarting: nodes go on without
-    joined = {node.node for node in known.nodes if not node.is_engine}
+    shards = [_shard_state(part) for part in parts]
+    known = [{node.node for node in told.nodes if not node.is_engine} for _, told in shards if told is not None]
+    joined = set.intersection(*known) if known else set()
     nodes = [
         _node_state(
             ray_node,
@@ -139,7 +144,10 @@ def status(cluster: str = "default") -> ClusterStatus:
         )
         for ray_node in sorted(alive)
     ]
-    return ClusterStatus(cluster, endpoint, pid, known.keys, tuple(nodes), tuple(sorted(joined)), dict(known.counters))
+    counters = sum((Counter(told.counters) for _, told in shards if told is not None), Counter())
+    return ClusterStatus(
+        cluster, tuple(state for state, _ in shards), tuple(nodes), tuple(sorted(set().union(*known))), dict(counters)
+    )
 
 
 def purge(cluster: str, scope: PurgeScope, destroy_key: bool = False) -> Purged:
@@ -203,10 +211,12 @@ def stop(cluster: str = "default") -> None:
         ray.kill(actor, no_restart=True)
     _wait_gone(names)
     actors.clean_hosts(settings, STOP_SECONDS)
-    if directory is not None:
-        ray.wait([directory.stop.remote()], timeout=STOP_SECONDS)
-        ray.kill(directory, no_restart=True)
-    _wait_gone([actors.directory_name(cluster)])
+    shards = [actor for actor in [directory, *_further_shards(cluster)] if actor is not None]
+    if shards:
+        ray.wait([actor.stop.remote() for actor in shards], num_returns=len(shards), timeout=STOP_SECONDS)
+    for actor in shards:
+        ray.kill(actor, no_restart=True)
+    _wait_gone([actors.directory_name(cluster), *_names(f"{actors.directory_name(cluster)}/")])
 
 
 def engine_env(cluster: str = "default", ray_node: str | None = None) -> dict[str, str]:
@@ -238,6 +248,24 @@ def _node_state(ray_node: str, address: str, question: Any, joined: set[str], fa
     assert isinstance(node, NodeStatus)
     state = "leaving" if left else "joined" if name in joined else "starting"
     return NodeState(ray_node, address, name, state, "", pid, node.node.endpoint, node.sessions, dict(node.counters))
+
+
+def _further_shards(cluster: str) -> list[Any]:
+    """Handles of the actors of the directory's shards from the second on, in order; None where there is none at present."""
+    start = actors.directory_name(cluster) + "/"
+    numbers = [int(name.removeprefix(start)) for name in _names(start)]
+    return [_actor(actors.directory_name(cluster, shard)) for shard in range(1, max(numbers, default=0) + 1)]
+
+
+def _shard_state(question: Any) -> tuple[ShardState, DirectoryStatus | None]:
+    try:
+        if question is None:
+            raise ray.exceptions.GetTimeoutError("no actor")
+        pid, endpoint, told = ray.get(question, timeout=0)
+    except ray.exceptions.RayError:
+        return ShardState(), None  # restarting: nodes go on without
+    assert isinstance(told, DirectoryStatus)
+    return ShardState(endpoint, pid, told.keys), told
 
 
 def _require_ray() -> None:

@@ -23,27 +23,50 @@ class NodeState:
 
 
 @dataclass(frozen=True)
+class ShardState:
+    """One shard of the directory. endpoint: its "host:port", "" when it is away (nodes and engines go on, its keys are misses).
+    pid: of its process. keys: blocks that it can find, by key."""
+
+    endpoint: str = ""
+    pid: int = 0
+    keys: int = 0
+
+
+@dataclass(frozen=True)
 class ClusterStatus:
-    """A cluster as it is now. keys: blocks that the directory can find, by key. directory: its "host:port", "" when it is
-    away (nodes and engines go on); directory_pid: of its process. known: nodes that it knows; nodes: one per living Ray
-    node."""
+    """A cluster as it is now. shards: of the directory, in order; a directory that is not divided is one. known: nodes that
+    it knows; nodes: one per living Ray node. counters: of all shards together."""
 
     cluster: str
-    directory: str
-    directory_pid: int
-    keys: int
+    shards: tuple[ShardState, ...]
     nodes: tuple[NodeState, ...]
     known: tuple[str, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
 
     @property
+    def keys(self) -> int:
+        """Blocks that the directory can find, by key."""
+        return sum(shard.keys for shard in self.shards)
+
+    @property
+    def directory(self) -> str:
+        """ "host:port" of the directory, of its shards with commas between; "" where one is away."""
+        return ",".join(shard.endpoint for shard in self.shards)
+
+    @property
+    def directory_pid(self) -> int:
+        """Of the process of the directory's first shard."""
+        return self.shards[0].pid
+
+    @property
     def joined(self) -> bool:
-        """Has every living Ray node that is not about to go a node that the directory knows?"""
+        """Is the directory complete, and has every living Ray node that is not about to go a node that it knows?"""
         states = {node.state for node in self.nodes} - {"leaving", "left"}
-        return states == {"joined"}
+        return states == {"joined"} and all(shard.endpoint for shard in self.shards)
 
     def __str__(self) -> str:
-        head = f"kvshare cluster {self.cluster!r}: directory {self.directory or 'away'}, {self.keys} keys"
+        shards = ", ".join(shard.endpoint or "away" for shard in self.shards)
+        head = f"kvshare cluster {self.cluster!r}: directory {shards}, {self.keys} keys"
         rows = [("node", "state", "endpoint", "sessions", "pid")]
         rows += [
             (node.node, node.state, node.endpoint or node.address, str(node.sessions), str(node.pid or "-"))

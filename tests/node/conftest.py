@@ -107,6 +107,7 @@ class Cluster:
         self._folder = folder
         self.hosts: list[Host] = []
         self.directory: DirectoryServer | None = None
+        self.shards: list[DirectoryServer] = []  # of a directory that is divided; then there is no other
 
     def settings(self, name: str, **changes: object) -> Settings:
         values: dict[str, object] = {
@@ -116,6 +117,8 @@ class Cluster:
         }  # fmt: skip
         if self.directory is not None:
             values["directory"] = self.directory.endpoint
+        if self.shards:
+            values["directory"] = ",".join(shard.endpoint for shard in self.shards)
         return Settings.load(values | changes, environ={})
 
     def host(self, name: str, **changes: object) -> Host:
@@ -128,11 +131,26 @@ class Cluster:
         self.directory.start()
         return self.directory
 
+    def start_shards(self, count: int, **changes: object) -> list[DirectoryServer]:
+        self.shards = [self._shard(number, count, 0, changes) for number in range(count)]
+        return self.shards
+
+    def start_shard_again(self, number: int, **changes: object) -> None:
+        """In place of one that was stopped."""
+        port = int(self.shards[number].endpoint.rpartition(":")[2])
+        self.shards[number] = self._shard(number, len(self.shards), port, changes)
+
+    def _shard(self, number: int, count: int, port: int, changes: dict[str, object]) -> DirectoryServer:
+        settings = Settings.load({"secret": SECRET, "port": port, "directory_shards": count, **changes}, environ={})
+        server = DirectoryServer(settings, number, count)
+        server.start()
+        return server
+
     def stop(self) -> None:
         for host in self.hosts:
             host.stop()
-        if self.directory is not None:
-            self.directory.stop()
+        for server in [*self.shards, *([self.directory] if self.directory is not None else [])]:
+            server.stop()
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def counted(directory: DirectoryServer, name: str) -> int:
 def give(directory: DirectoryServer, host: Host, locations: int = BLOCKS) -> None:
     """Save the hot blocks at a host, and wait until the directory knows them as hot."""
     with host.connect() as giver:
+        assert giver.wait_warm(PATIENCE).done  # or it would ask for a group of its own when something is hot
         giver.save(TOKENS, blocks_of(TOKENS))
         assert eventually(lambda: giver.match(TOKENS) == len(TOKENS))
         assert eventually(lambda: counted(directory, "locations") == locations and counted(directory, "hot_keys") >= BLOCKS)

@@ -250,11 +250,13 @@ def test_a_purge_that_is_repeated_is_answered_and_takes_nothing_that_came_since(
     node = host.node
     assert node is not None
     erase = Erase(7, PurgeScope("acme"), False)
-    node._loop.call_soon_threadsafe(node.purger.begin, erase)
+    answers: list[object] = []
+    node._loop.call_soon_threadsafe(node.purger.begin, erase, answers.append)
     assert eventually(lambda: node.purger.counters["purges"] == 1)
     with tenant_of(host, "acme") as cache:
         assert eventually(lambda: cache.save(TOKENS, blocks_of(TOKENS)) == 40)
-        node._loop.call_soon_threadsafe(node.purger.begin, erase)
+        node._loop.call_soon_threadsafe(node.purger.begin, erase, answers.append)
+        assert eventually(lambda: len(answers) == 2) and answers[0] == answers[1]
         assert eventually(lambda: cache.match(TOKENS) == len(TOKENS))
     assert found(host, TOKENS, "acme") == len(TOKENS)
     assert node.purger.counters["purges"] == 1

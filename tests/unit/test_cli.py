@@ -249,6 +249,12 @@ def test_a_directory_says_where_it_listens_and_ends_in_good_order(command: Comma
     assert ended(directory) == 0
 
 
+def test_a_directory_is_one_of_its_shards(command: Command) -> None:
+    refused = command("directory", "--set", "secret=of sixteen letters", "--set", "directory_shards=2", "--shard", "2")
+    assert refused.returncode == 2
+    assert "option '--shard' cannot be 2: the directory has 2" in refused.stderr
+
+
 def test_a_directory_without_a_secret_is_refused(command: Command) -> None:
     refused = command("directory")
     assert refused.returncode == 2 and one_line(refused.stderr, "'secret'")

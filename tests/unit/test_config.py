@@ -75,6 +75,12 @@ BAD: list[tuple[str, Any, str]] = [
     ("bind", 7, "text"),
     ("port", 70000, "0 to 65535"),
     ("directory", "somewhere", "'host:port'"),
+    ("directory", "10.0.0.1:7000,", "'host:port'"),
+    ("directory", "10.0.0.1:7000 10.0.0.2:7000", "with commas"),
+    ("directory", "10.0.0.1:7000, 10.0.0.1:7000", "each once"),
+    ("directory", ",".join(f"10.0.0.1:{port}" for port in range(7000, 7065)), "1 to 64 shards"),
+    ("directory_shards", 0, "1 to 64"),
+    ("directory_shards", 65, "1 to 64"),
     ("transports", "rdma", "shm, process, nixl, tcp"),
     ("transports", (), "at least one"),
     ("tcp_streams", 0, "1 or more"),
@@ -131,6 +137,12 @@ def test_a_cluster_needs_a_secret_and_the_message_does_not_show_it() -> None:
         Settings.load({"directory": "10.0.0.1:7000", "secret": "hunter2"}, {})
     assert "hunter2" not in str(caught.value)
     assert Settings.load({"directory": "10.0.0.1:7000", "secret": SECRET}, {}).secret == SECRET
+
+
+def test_the_shards_of_a_directory_are_named_in_order() -> None:
+    assert Settings().directories == ()
+    both = Settings.load({"directory": "10.0.0.2:7000, 10.0.0.1:7000", "secret": SECRET}, {})
+    assert both.directories == ("10.0.0.2:7000", "10.0.0.1:7000")
 
 
 def test_paths_of_two_nodes_or_clusters_on_one_host_differ() -> None:

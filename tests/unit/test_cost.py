@@ -24,6 +24,16 @@ def test_a_rate_is_what_reads_have_moved_and_ages() -> None:
     assert rates.rate(A, cost.FRESH_SECONDS) == 0, "nobody has read from it for long"
 
 
+def test_what_is_known_of_nodes_is_what_their_memory_gave_lately() -> None:
+    rates = Rates()
+    rates.observe(A, 100 * MB, 1.0, 0.0)
+    rates.observe(("a", "device"), 300 * MB, 1.0, 1.0)
+    rates.observe(B, MB, 1.0, 1.0, slow=True)
+    rates.observe(("c", DISK), 900 * MB, 1.0, 1.0)
+    assert rates.of_nodes(2.0) == {"a": pytest.approx(300 * MB, rel=0.01)}
+    assert rates.of_nodes(1.0 + cost.FRESH_SECONDS) == {}
+
+
 def test_a_link_that_becomes_slow_is_slow_after_one_read() -> None:
     rates = Rates()
     rates.observe(A, 1000 * MB, 1.0, 0.0)

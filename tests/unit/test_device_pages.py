@@ -159,6 +159,8 @@ class Mover:
 
     def corrupt(self, read: SourceRead, blocks: I64) -> None: ...
 
+    def missed(self, keys: list[bytes]) -> None: ...
+
     def resume(self, pull: Pull) -> None:
         pull.advance()
 

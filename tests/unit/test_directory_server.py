@@ -23,19 +23,27 @@ from kvshare.cluster_messages import (
     NodeJoined,
     NodeLost,
     Publish,
+    Resync,
     Welcome,
 )
 from kvshare.config import Settings
 from kvshare.directory_server import DirectoryServer
 from kvshare.errors import AuthenticationError, ConfigError, ProtocolError, Unavailable
+from kvshare.index import ALL_PARTS
+from kvshare.inventories import INVENTORIES_MAX
 from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import NodeDescription, Stored
+from kvshare.runs import keys_of, runs_of
 
 SECRET = "a secret of the cluster"
 KEY = bytes(58)
 SECONDS = 10.0  # longer than anything here takes; only a failure waits for it
 
 T = TypeVar("T", bound=Message)
+
+
+def join(name: str, shard: int = 0, shards: int = 1) -> Join:
+    return Join(PROTOCOL_VERSION, NodeDescription(name, 1, name, "127.0.0.1:1", ()), False, shard, shards)
 
 
 class Client:
@@ -47,8 +55,9 @@ class Client:
         self.decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromDirectory)
         self.name = name
         if name:
-            self.send(Join(PROTOCOL_VERSION, NodeDescription(name, 1, name, "127.0.0.1:1", ()), False))
+            self.send(join(name))
             self.receive(Welcome)
+            assert self.receive(Resync).parts == ALL_PARTS
 
     def send(self, message: Message) -> None:
         wire.send_frame(self.socket, msgspec.msgpack.encode(message))
@@ -59,7 +68,15 @@ class Client:
         return message
 
     def publish(self, *keys: bytes) -> None:
-        self.send(Publish(self.name, 1, 1, True, [Stored(key, 8, 0, 2, 8) for key in keys], [], 0))
+        blocks = runs_of(Stored(key, 8, 0, 2, 8) for key in keys)
+        self.send(Publish(self.name, 1, 1, ALL_PARTS, False, blocks, [], 0))
+
+    def find(self, ask: int, *keys: bytes) -> list[list[str]]:
+        """Names of nodes for each key."""
+        self.send(Find(ask, keys_of(keys)))
+        found = self.receive(Found)
+        assert found.ask == ask
+        return [[where.node for where in places] for places in found.places.locations()]
 
     def closed(self) -> bool:
         """The directory has ended this connection (what it sent before is passed over)."""
@@ -122,12 +139,10 @@ def test_nodes_join_publish_find_and_are_forgotten_when_their_connection_ends(
     eventually(lambda: server.status().keys == 1)
     b = connect("b")
     assert a.receive(NodeJoined).node.node == "b"
-    b.send(Find(3, [KEY]))
-    assert [where.node for where in b.receive(Found).locations[0]] == ["a"]
+    assert b.find(3, KEY) == [["a"]]
     a.close()
     assert b.receive(NodeLost).node == "a"
-    b.send(Find(4, [KEY]))
-    assert b.receive(Found) == Found(4, [[]])
+    assert b.find(4, KEY) == [[]]
 
 
 def test_a_supervisor_in_another_thread_reports_a_dead_node(server: DirectoryServer, connect: Callable[..., Client]) -> None:
@@ -176,22 +191,27 @@ def test_garbage_on_the_port_harms_nobody(server: DirectoryServer, connect: Call
         with pytest.raises((ConnectionError, ProtocolError)):
             while True:
                 wire.receive_exactly(sock, 1)
-    a.send(Find(1, [KEY]))
-    assert a.receive(Found) == Found(1, [[]])
+    assert a.find(1, KEY) == [[]]
 
 
 @pytest.mark.parametrize(
     "frame",
-    [b"\xff\xff\xff\xff", b"\3\0\0\0abc", b"\x0c\0\0\0" + msgspec.msgpack.encode(["Beat", "too many"])],
-    ids=["too long", "no message", "a field too many"],
+    [
+        b"\xff\xff\xff\xff",
+        b"\3\0\0\0abc",
+        b"\x0c\0\0\0" + msgspec.msgpack.encode(["Beat", "too many"]),
+        b"\x0b\0\0\0" + b"\x99\xa7Publis\xe1\xe4\xe6",
+    ],
+    ids=["too long", "no message", "a field too many", "text that is none"],
 )
 def test_a_node_that_sends_nonsense_is_cut_off_and_told_as_lost(
-    server: DirectoryServer, connect: Callable[..., Client], frame: bytes
+    server: DirectoryServer, connect: Callable[..., Client], caplog: pytest.LogCaptureFixture, frame: bytes
 ) -> None:
     a, b = connect("a"), connect("b")
     a.socket.sendall(frame + bytes(16))
     assert b.receive(NodeLost).node == "a"
     assert a.closed()
+    assert "a failure of its own" not in caplog.text
 
 
 def test_a_node_that_does_not_read_is_cut_off(
@@ -204,7 +224,7 @@ def test_a_node_that_does_not_read_is_cut_off(
     deaf = connect("deaf", server)
     with pytest.raises(OSError):
         while True:
-            deaf.send(Find(1, [KEY] * 1000))
+            deaf.send(Find(1, keys_of([KEY] * 1000)))
     assert giver.receive(NodeJoined) and giver.receive(NodeLost).node == "deaf"
     assert "does not read" in caplog.text
 
@@ -214,13 +234,54 @@ def test_an_answer_over_the_limit_is_not_sent_and_its_asker_stays(
 ) -> None:
     caplog.set_level(logging.WARNING, "kvshare")
     server = start(message_bytes_max=1 << 16)
-    connect("a-giver-with-a-name-so-long-that-the-answer-outgrows-the-question", server).publish(KEY)
-    eventually(lambda: server.status().keys == 1)
+    for name in "abc":  # so many that their places outgrow the question
+        connect(name, server).publish(KEY)
+    eventually(lambda: server.status().counters["locations"] == 3)
     asking = connect("asking", server)
-    asking.send(Find(1, [KEY] * 1000))
-    asking.send(Find(2, [KEY]))
+    asking.send(Find(1, keys_of([KEY] * 1800)))
+    asking.send(Find(2, keys_of([KEY])))
     assert asking.receive(Found).ask == 2
     assert "message_bytes_max" in caplog.text
+
+
+def test_a_shard_is_joined_by_those_who_take_it_for_what_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "kvshare")
+    server = DirectoryServer(Settings.load({"secret": SECRET}, {}), shard=1, shards=3)
+    server.start()
+    try:
+        for shard, shards in ((0, 3), (1, 2)):
+            client = Client(server)
+            client.send(join("a", shard, shards))
+            assert client.closed()
+            client.close()
+        client = Client(server)
+        client.send(join("a", 1, 3))
+        assert client.receive(Welcome).purges == []
+        client.close()
+        assert "connection 1 takes this for shard 0 of 3, it is shard 1 of 3" in caplog.text
+    finally:
+        server.stop()
+
+
+def test_nodes_that_come_at_once_tell_what_they_hold_one_after_the_other(
+    server: DirectoryServer, connect: Callable[..., Client]
+) -> None:
+    clients = []
+    for number in range(INVENTORIES_MAX + 2):
+        client = connect()
+        client.name = f"n{number}"
+        client.send(join(client.name))
+        client.receive(Welcome)
+        clients.append(client)
+    eventually(lambda: server.status().counters["inventories_waiting"] == 2)
+    asking = clients[-1]
+    assert asking.find(1, KEY) == [[]], "who waits is answered"
+    clients[0].publish(KEY)
+    eventually(lambda: server.status().counters["inventories_waiting"] == 1)
+    assert asking.find(2, KEY) == [["n0"]]
+    clients[1].close()
+    assert asking.receive(NodeLost).node == "n1"
+    assert asking.receive(Resync).parts == ALL_PARTS, "the turn of one that is gone"
 
 
 def test_who_only_wants_the_status_gets_it(server: DirectoryServer, connect: Callable[..., Client]) -> None:

@@ -18,7 +18,7 @@ ITEMS = [WarmItem(b"key", Location("donor", 4096, 0, 2, 4096))]
 
 
 def waiting(connection: int, ask: int = 1, family: bytes = b"f") -> Waiting:
-    return Waiting(connection, AskPlan(ask, family, 10, 10.0, True))
+    return Waiting(connection, AskPlan(ask, family, 10, 10.0, True, {}))
 
 
 def answer(host: Host, **changes: Any) -> Hosted:

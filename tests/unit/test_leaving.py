@@ -4,16 +4,17 @@ they do; it ends in time and says what was not taken. Method: events in, command
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 
 from kvshare import keys
 from kvshare.cluster_messages import Leave, Left, Take
 from kvshare.directory_events import Command, Send
-from kvshare.index import MemoryIndex
+from kvshare.index import CompactIndex
 from kvshare.leaving import (
     ANSWER_SECONDS,
+    LEAVE_KEYS_MAX,
     LOOKED_AT_MAX,
     SHARE_BLOCKS_MAX,
     SHARE_BYTES,
@@ -24,6 +25,7 @@ from kvshare.leaving import (
     Taker,
 )
 from kvshare.places import Stored
+from kvshare.runs import keys_of, runs_of
 
 LENGTH = 1 << 20
 IN_A_SHARE = SHARE_BYTES // LENGTH
@@ -40,7 +42,8 @@ class Play:
     def __init__(self, **rooms: int) -> None:
         self.rooms = rooms  # by name, in blocks
         self.barred: set[tuple[str, bytes]] = set()
-        self.index = MemoryIndex(1_000_000)
+        self.index = CompactIndex(1_000_000)
+        self.held: dict[str, dict[int, None]] = {}  # by name, as they came
         self.leavings = Leavings(
             self.index, lambda name: name in self.rooms, self.takers, lambda name, key: (name, key) not in self.barred
         )
@@ -50,12 +53,13 @@ class Play:
     def takers(self, leaving: str) -> list[Taker]:
         return [Taker(name, ord(name) - 96, room * LENGTH) for name, room in self.rooms.items() if name != leaving]
 
-    def hold(self, name: str, numbers: Iterable[int]) -> None:
+    def hold(self, name: str, numbers: Sequence[int] | range) -> None:
         blocks = []
         for number in numbers:
             self.generation += 2
             blocks.append(Stored(key(number), LENGTH, number, self.generation, LENGTH))
-        assert self.index.add(name, blocks) == 0
+        assert self.index.add(name, runs_of(blocks)) == 0
+        self.held.setdefault(name, {}).update((number, None) for number in numbers)
         if name in self.rooms:
             self.rooms[name] -= len(blocks)
 
@@ -64,9 +68,12 @@ class Play:
         return commands
 
     def leave(self, name: str, hottest: Iterable[int] = (), seconds: float = 100.0) -> list[Command]:
-        return self.check(
-            self.leavings.begin(name, ord(name) - 96, Leave(7, seconds), [key(number) for number in hottest], self.now)
-        )
+        """It tells what it holds, ``hottest`` first."""
+        told = [key(number) for number in dict.fromkeys([*hottest, *self.held[name]])]
+        return self.check(self.leavings.begin(name, ord(name) - 96, Leave(7, seconds, [], False), told, self.now))
+
+    def where(self, number: int) -> set[str]:
+        return {place.node for place in self.index.locate([key(number)], "", 9)[0]}
 
     def take(self, command: Command, only: Iterable[int] | None = None) -> list[Command]:
         """The taker of this command publishes (``only``) its blocks, and answers."""
@@ -153,7 +160,8 @@ def test_shares_are_bounded_and_so_are_those_under_way() -> None:
     following = play.take(commands[0])
     assert len(following) == 1 and given(following) != given(commands[:1])
     small = Play(a=0, b=10**6)
-    small.index.add("a", [Stored(key(number), 1, number, 2, 1) for number in range(2 * SHARE_BLOCKS_MAX)])
+    small.index.add("a", runs_of(Stored(key(number), 1, number, 2, 1) for number in range(2 * SHARE_BLOCKS_MAX)))
+    small.held["a"] = dict.fromkeys(range(2 * SHARE_BLOCKS_MAX))
     assert [len(message.items) for _, message in takes(small.leave("a"))] == [SHARE_BLOCKS_MAX, SHARE_BLOCKS_MAX]
 
 
@@ -195,7 +203,7 @@ def test_a_dead_taker_loses_its_share_to_another_at_once() -> None:
     play.hold("a", range(3))
     play.leave("a")
     del play.rooms["b"]
-    play.leavings.lose("b")
+    play.leavings.lose("b", play.now)
     assert min(play.leavings.deadlines()) <= play.now
     assert given(play.tick()) == {"c": [0, 1, 2]}
 
@@ -215,8 +223,12 @@ def test_a_block_that_the_leaving_node_has_no_more_is_not_asked_for() -> None:
     play = Play(a=0, b=100)
     play.hold("a", range(SHARES_MAX * IN_A_SHARE + 2))
     commands = play.leave("a")
-    play.index.remove("a", [key(SHARES_MAX * IN_A_SHARE)])
-    assert given(play.take(commands[0])) == {"b": [SHARES_MAX * IN_A_SHARE + 1]}
+    gone, there = SHARES_MAX * IN_A_SHARE, SHARES_MAX * IN_A_SHARE + 1
+    play.index.remove("a", keys_of([key(gone)]))
+    following = play.take(commands[0])
+    assert given(following) == {"b": [there]}
+    assert play.take(commands[1]) == []
+    assert left(play.take(following[0])) == (there, [gone]), "the directory does not know of it: its node knows better"
 
 
 def test_who_may_not_hold_a_block_is_not_given_it() -> None:
@@ -242,18 +254,38 @@ def test_two_that_leave_do_not_count_on_each_other_and_move_a_block_once() -> No
     assert left(play.tick(1.0)) == (0, [])
 
 
-def test_nobody_is_sent_to_a_node_that_leaves_for_what_stays_elsewhere() -> None:
+def test_a_node_leaves_with_its_engines() -> None:
     play = Play(a=0, b=100)
     play.hold("a", [0, 1])
     play.hold("a/engine", [0, 1])
     play.hold("b", [0])
-    places = play.index.locate([key(0), key(1)], "", 9)
-    assert [play.leavings.preferred(each) for each in places] == places
+    assert not play.leavings.leaves_with("a")
     play.leave("a")
-    assert [{where.node for where in play.leavings.preferred(each)} for each in places] == [{"b"}, {"a", "a/engine"}]
-    assert [[where.node for where in play.leavings.staying(each)] for each in places] == [["b"], []]
-    play.leavings.lose("a")
-    assert "a" not in play.leavings and list(play.leavings.deadlines()) == []
+    assert [name for name in ("a", "a/engine", "b", "b/a") if play.leavings.leaves_with(name)] == ["a", "a/engine"]
+    play.leavings.lose("a", play.now)
+    assert "a" not in play.leavings and not play.leavings.leaves_with("a/engine")
+    assert list(play.leavings.deadlines()) == []
+
+
+def test_a_node_may_say_in_several_messages_what_it_holds() -> None:
+    leavings = Play(a=0).leavings
+    numbered = [key(number) for number in range(5)]
+    assert leavings.told("a", Leave(1, 1.0, keys_of(numbered[:2]), True)) is None
+    assert leavings.told("b", Leave(1, 1.0, keys_of(numbered[4:]), True)) is None
+    assert leavings.told("a", Leave(1, 1.0, keys_of(numbered[1:4]), False)) == numbered[:4], "each once, in its order"
+    assert leavings.told("b", Leave(2, 1.0, keys_of(numbered[:1]), False)) == numbered[:1], "a new question forgets the old one"
+    assert leavings.told("b", Leave(1, 1.0, [], True)) is None
+    leavings.lose("b", 0.0)
+    assert leavings.told("b", Leave(1, 1.0, keys_of(numbered[:1]), False)) == numbered[:1]
+
+
+def test_no_more_is_looked_at_than_can_be_moved() -> None:
+    leavings = Play(a=0).leavings
+    many = keys_of(key(number) for number in range(LEAVE_KEYS_MAX // 2))
+    more = keys_of(key(number) for number in range(LEAVE_KEYS_MAX // 2, LEAVE_KEYS_MAX + 9))
+    assert leavings.told("a", Leave(1, 1.0, many, True)) is None
+    told = leavings.told("a", Leave(1, 1.0, more, False))
+    assert told is not None and len(told) == LEAVE_KEYS_MAX and told[-1] == key(LEAVE_KEYS_MAX - 1)
 
 
 def test_a_long_inventory_is_looked_at_piece_by_piece() -> None:
@@ -285,10 +317,10 @@ def test_whatever_takers_do_everything_is_taken_or_said_and_it_ends(seed: int) -
             waiting += play.tick(chance.uniform(0.0, 8.0))  # it may be silent for ever
         elif fate < 0.15 and takes([command])[0][0] in play.rooms:
             name = takes([command])[0][0]
-            orphans |= {int.from_bytes(keys.hash_of(each), "big") for each in play.index.held_by(name)}
+            orphans |= play.held[name].keys()
             play.index.drop(name)
             del play.rooms[name]
-            play.leavings.lose(name)
+            play.leavings.lose(name, play.now)
             waiting = [each for each in waiting if takes([each])[0][0] != name] + play.tick()
         elif takes([command])[0][0] in play.rooms:
             share = {int.from_bytes(keys.hash_of(item.key), "big") for item in takes([command])[0][1].items}
@@ -297,5 +329,5 @@ def test_whatever_takers_do_everything_is_taken_or_said_and_it_ends(seed: int) -
     last = [each for each in waiting if isinstance(each, Send) and isinstance(each.message, Left)]
     assert len(last) == 1
     _, untaken = left(last)
-    kept = {number for number in range(400) if play.leavings.staying(play.index.locate([key(number)], "", 9)[0])}
+    kept = {number for number in range(400) if play.where(number) & play.rooms.keys() - {"a"}}
     assert kept | set(untaken) | orphans == set(range(400))

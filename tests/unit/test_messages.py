@@ -13,8 +13,10 @@ from kvshare import cluster_messages, messages
 from kvshare.cluster_messages import Erase, FromDirectory, ToDirectory
 from kvshare.keys import Namespace
 from kvshare.messages import Message, ToNode, ToSession
+from kvshare.overlap import Held
 from kvshare.places import GroupPlan, Location, NodeDescription, ProcessMemory, RegionDescription, Stored, WarmItem
 from kvshare.purge import NodePurge, PurgeScope, TierPurge
+from kvshare.runs import Keys, Place, Places, Run, Seen
 
 CHANNELS = {"ToNode": ToNode, "ToSession": ToSession, "ToDirectory": ToDirectory, "FromDirectory": FromDirectory}
 
@@ -22,6 +24,7 @@ MEMORY = ProcessMemory(7, 2**40, "space", "DRAM", 0, (2**63, 2**62), (8192, 4096
 REGION = RegionDescription("a", 4096, 4096, 9, "host", "/shm/a.data", "/shm/a.table", "10.0.0.1:7", "device", MEMORY)
 NODE = NodeDescription("a", 2**31, "host", "10.0.0.1:7", (REGION,))
 LOCATION = Location("a", 4096, 8, 2**63 + 4, 4000)
+KEYS = Keys(b"\x00\xff" * 16, 4, b"\xff\x00" * 4)
 EXAMPLES: dict[Any, Any] = {
     int: 2**63 + 1,
     float: 0.5,
@@ -48,6 +51,11 @@ EXAMPLES: dict[Any, Any] = {
     Location: LOCATION,
     Stored: Stored(b"key", 4096, 8, 2**63 + 4, 4000),
     WarmItem: WarmItem(b"key", LOCATION),
+    Keys: KEYS,
+    Held: Held(2**63 + 1, 7),
+    Run: Run(KEYS, 4096, 4000, 2**31, b"\x07\x00\x00\xff" * 2, b"\xfe\xff" * 8),
+    Seen: Seen(KEYS, b"\x01\x00\x00\xff" * 2, b"\x00\xff" * 4),
+    Places: Places([Place("a", 4096, 4000)] * 2, b"\x01\x02", b"\x01\x00" * 3, b"\xff" * 12, b"\xfe" * 24, b"\x01" * 12),
     PurgeScope: PurgeScope(tenant="acme"),
     NodePurge: NodePurge("a", [TierPurge("arena", 3, 2**40)], ["said why"]),
     Erase: Erase(2**63 + 1, PurgeScope(family=b"\x00\xff" * 8), True),

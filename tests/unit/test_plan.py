@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvshare.hotness import NO_PARENT, HotKey
 from kvshare.places import Location
-from kvshare.plan import WarmPlan, plan_group, plan_warm
+from kvshare.plan import DONOR_BYTES_PER_SECOND, WarmPlan, plan_group, plan_warm
 
 LENGTH = 100
 
@@ -38,8 +38,9 @@ def plan(
     bytes_max: int = 10**6,
     seconds_max: float = 1e6,
     busy: Mapping[str, float] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> WarmPlan:
-    """``held``: key -> one letter per donor. ``own``: keys, parted by commas, that the asking node holds."""
+    """A block takes a second. ``held``: key -> one letter per donor. ``own``: keys, parted by commas, of the asking node."""
     mine = set(own.encode().split(b","))
     return plan_warm(
         hot,
@@ -49,7 +50,7 @@ def plan(
         bytes_max,
         seconds_max,
         busy,
-        donor_bytes_per_second=LENGTH,
+        dict.fromkeys("XYZ", float(LENGTH)) if rates is None else rates,
     )
 
 
@@ -72,6 +73,30 @@ def test_work_is_spread_evenly_over_the_donors_of_a_block() -> None:
 def test_donors_that_other_plans_keep_busy_are_spared() -> None:
     made = plan(ranked("abc"), {"a": "XY", "ab": "XY", "abc": "XY"}, busy={"X": 10.0})
     assert {item.location.node for item in made.items} == {"Y"}
+
+
+def test_work_is_spread_in_proportion_to_what_donors_can_give() -> None:
+    held = {"abcdefghi"[: i + 1]: "XYZ" for i in range(9)}
+    made = plan(ranked("abcdefghi"), held, rates={"X": 6.0 * LENGTH, "Y": 2.0 * LENGTH, "Z": 1.0 * LENGTH})
+    assert Counter(item.location.node for item in made.items) == {"X": 6, "Y": 2, "Z": 1}
+    assert all(abs(seconds - 1.0) < 1e-9 for seconds in made.seconds.values())
+
+
+def test_a_donor_that_nobody_measured_counts_as_an_ordinary_one() -> None:
+    held = {"abcd"[: i + 1]: "XY" for i in range(4)}
+    made = plan(ranked("abcd"), held, rates={"X": DONOR_BYTES_PER_SECOND / 3})
+    assert Counter(item.location.node for item in made.items) == {"X": 1, "Y": 3}
+
+
+def test_a_slow_donor_is_given_no_more_than_it_can_give_in_time() -> None:
+    held = {"abcd"[: i + 1]: "X" for i in range(4)}
+    made = plan(ranked("abcd"), held, seconds_max=4.5, rates={"X": LENGTH / 2})
+    assert keys_of(made) == ["a", "ab"] and made.seconds == {"X": 4.0}
+
+
+def test_a_block_that_is_ranked_twice_is_given_once() -> None:
+    assert keys_of(plan(ranked("ab") + ranked("ab"), {"a": "X", "ab": "X"})) == ["a", "ab"]
+    assert plan(ranked("ab") + ranked("ab"), {"ab": "X"}, own="a").present == 1
 
 
 def test_the_freshest_of_equal_donors_is_taken() -> None:

@@ -47,6 +47,7 @@ class Mover:
     reads: list[Read] = field(default_factory=list)
     slow: list[Measured] = field(default_factory=list)
     quarantined: list[int] = field(default_factory=list)
+    missing: list[bytes] = field(default_factory=list)
     resumed: int = 0
     busy: int = 0
     moved: int = 0
@@ -76,6 +77,9 @@ class Mover:
 
     def corrupt(self, read: SourceRead, blocks: I64) -> None:
         self.quarantined += read.slots[blocks].tolist()
+
+    def missed(self, keys: list[bytes]) -> None:
+        self.missing += keys
 
     def resume(self, pull: Pull) -> None:
         self.resumed += 1
@@ -223,13 +227,14 @@ def test_a_peer_that_hangs_is_slow() -> None:
 
 
 def test_stale_and_corrupt_blocks_do_not_end_the_load_and_corrupt_ones_are_told() -> None:
-    mover = Mover()
-    pull = pull_of(mover, plan(9, NEVER, NEVER))
+    mover, nine = Mover(), plan(9, NEVER, NEVER)
+    pull, pull_keys = pull_of(mover, nine), nine.keys
     pull.advance()
     mover.reads[0].end(OK, STALE, OK, OK)
     pull.advance()
     mover.reads[1].end(OK, CORRUPT, OK, OK, OK)
     assert mover.quarantined == [105]
+    assert mover.missing == [pull_keys[1], pull_keys[5]], "where they were is forgotten"
     assert statuses_of(pull) == [OK, STALE, OK, OK, OK, CORRUPT, OK, OK, OK]
 
 

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 
 from kvshare import keys, native, purge_rounds
-from kvshare.cluster_messages import AskPurge, Erase, Erased, Find, Found, Join, Publish, PurgeDone, Welcome
+from kvshare.cluster_messages import AskPurge, Declare, Erase, Erased, Find, Found, Join, Publish, PurgeDone, Welcome
 from kvshare.config import Settings
 from kvshare.directory import Directory
 from kvshare.directory_events import Broadcast, Close, Command, Connected, Disconnected, Heard, Send, Tick
 from kvshare.gate import Gate
+from kvshare.index import ALL_PARTS
+from kvshare.keys import Namespace
 from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import DEVICE, NodeDescription, RegionDescription, Stored
 from kvshare.purge import NodePurge, PurgeScope, TierPurge, added_up, purged_report
 from kvshare.region import Region
+from kvshare.runs import keys_of, runs_of
 from kvshare.store import Store
 from kvshare.tenants import TenantRules, Tenants
 
@@ -243,6 +246,19 @@ def test_the_gate_bars_what_is_purged_until_that_is_over() -> None:
 # --- the directory ----------------------------------------------------------------------------------------------------
 
 SCOPE = PurgeScope("acme")
+NAMESPACE = Namespace(
+    weights="w",
+    dtype="bfloat16",
+    kv_dtype="bfloat16",
+    block_size=16,
+    page_bytes=1,
+    layers=1,
+    kv_heads=1,
+    head_size=64,
+    hash_algorithm="sha256",
+    hash_seed="0",
+    packing="x",
+)
 
 
 def described(name: str, label: str = "", epoch: int = 7) -> NodeDescription:
@@ -269,9 +285,9 @@ class Play:
         self.connection += 1
         self.directory.handle(Connected(self.connection), self.now)
         node = described(name, **description)
-        commands = self.hear(self.connection, Join(PROTOCOL_VERSION, node, False))
-        (welcome,) = [each.message for each in commands if isinstance(each, Send)]
-        assert isinstance(welcome, Welcome)
+        commands = self.hear(self.connection, Join(PROTOCOL_VERSION, node, False, 0, 1))
+        (welcome,) = [each.message for each in commands if isinstance(each, Send) and isinstance(each.message, Welcome)]
+        self.hear(self.connection, Publish(name, node.epoch, 1, ALL_PARTS, False, [], [], 0))
         return self.connection, welcome
 
     def lose(self, connection: int) -> list[Command]:
@@ -358,11 +374,20 @@ def test_a_node_that_joins_again_on_another_connection_in_the_middle_is_told_aga
     play.hear(a, done(erase, "a"))
     play.connection += 1
     play.directory.handle(Connected(play.connection), play.now)
-    commands = play.hear(play.connection, Join(PROTOCOL_VERSION, described("b"), False))
+    commands = play.hear(play.connection, Join(PROTOCOL_VERSION, described("b"), False, 0, 1))
     assert any(isinstance(each, Close) and each.connection == b for each in commands)
     messages = [each.message for each in commands if isinstance(each, Send)]
     assert [each.silent for each in messages if isinstance(each, PurgeDone)] == [["b"]]
     assert [each.purges for each in messages if isinstance(each, Welcome)] == [[erase]]
+
+
+def test_purges_and_namespaces_are_the_affair_of_the_first_shard() -> None:
+    for message in (AskPurge(1, SCOPE, False), Declare(1, NAMESPACE)):
+        directory = Directory(Settings(), shard=1, shards=2)
+        directory.handle(Connected(1), 0.0)
+        directory.handle(Heard(1, Join(PROTOCOL_VERSION, described("a"), False, 1, 2)), 0.0)
+        (close,) = directory.handle(Heard(1, message), 0.0)
+        assert isinstance(close, Close) and close.connection == 1 and "the affair of shard 0" in close.reason
 
 
 def test_only_the_latest_purges_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,9 +402,9 @@ def test_locations_are_not_told_to_who_may_not_have_the_blocks() -> None:
     play = Play(acme=TenantRules(regions=("eu",)))
     eu, _ = play.join("a", label="eu")
     blocks = [Stored(key("1", ACME), SLOT, 0, 2, SLOT), Stored(key("2"), SLOT, 1, 2, SLOT)]
-    play.hear(eu, Publish("a", 7, 1, True, blocks, [], 0))
+    play.hear(eu, Publish("a", 7, 2, 0, False, runs_of(blocks), [], 0))
     for label, told in (("eu", [1, 1]), ("us", [0, 1]), ("", [0, 1])):
         asker, _ = play.join(f"asker-{label}", label=label)
-        (sent,) = play.hear(asker, Find(1, [block.key for block in blocks]))
+        (sent,) = play.hear(asker, Find(1, keys_of(block.key for block in blocks)))
         assert isinstance(sent, Send) and isinstance(sent.message, Found)
-        assert [len(places) for places in sent.message.locations] == told
+        assert [len(places) for places in sent.message.places.locations()] == told
