@@ -120,8 +120,8 @@ static inline uint64_t ending_id(uint64_t hash, uint32_t node)
     return mix(hash + node);
 }
 
-/* Bring the rows of a key further on into the cache while those of this one are read. More at a time than the processor can wait
- * for would hold it up. */
+/* Bring the rows of a key further on into the cache while those of this one are read. More at a time than the processor can
+ * wait for would hold it up. */
 #define AHEAD 14
 
 PREFETCHING void look_ahead(const Table *table, const uint64_t *hashes, size_t i, size_t count)

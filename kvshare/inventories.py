@@ -32,7 +32,7 @@ import numpy as np
 
 from kvshare.cluster_messages import Beat, Publish, Resync
 from kvshare.directory_events import Command, Send, Tell
-from kvshare.index import ALL_PARTS, PARTS, Index
+from kvshare.index import ALL_PARTS, LOCATIONS_PER_KEY, PARTS, Index
 from kvshare.members import Misbehaved, Peer, require_keys
 
 INVENTORIES_MAX = 4  # that are told at one time
@@ -228,6 +228,8 @@ class Inventories:
         self._counters["refused"] += refused
         if self._counters["refused"] > refused:
             return []
+        if len(self._index) < self._keys_max and self._index.locations() < LOCATIONS_PER_KEY * self._keys_max:
+            return [Tell(f"{refused} blocks of {peer.name} lie in slots or places beyond what an index can number: not shared")]
         full = f"the directory has no room for all blocks of {peer.name} ('index_keys_max' is {self._keys_max})"
         return [Tell(f"{full}: more blocks are not shared; raise it, or use more shards")]
 
