@@ -1,11 +1,11 @@
 """What the disk region reaches of its file system's limit, what encryption costs, and how long a start takes.
 
 A region of 512 MiB in a folder on a real disk (never a memory file system), in slots of 2 MiB (a block of 16 tokens of an
-8B-class model), of 256 KiB and of 64 KiB (reported only), in turn. Batches of 4 MiB of neighbouring slots, four in flight, as a
-node demotes and promotes: ours is the whole `DiskRegion.write`, with `begin` and `finish`, headers included, and the whole
-`DiskRegion.read`, with the checksum of every block. The limit is a plain loop of ``pwritev`` or ``preadv`` of as many bytes at
-a time on a file of the same size beside it, direct as ours is, in one thread and in four, whichever is faster. Plain, ours and
-ours sealed take turns, round by round; figures are medians of the rounds' ratios, of the slot size that does worse.
+8B-class model), of 256 KiB and of 64 KiB (reported only), in turn. Batches of neighbouring slots, as large and as many in
+flight as a node demotes and promotes: ours is the whole `DiskRegion.write`, with `begin` and `finish`, headers included, and
+the whole `DiskRegion.read`, with the checksum of every block. The limit is a plain loop of ``pwritev`` or ``preadv`` of as many
+bytes at a time on a file of the same size beside it, direct as ours is, in one thread and in four, whichever is faster. Plain,
+ours and ours sealed take turns, round by round; figures are medians of the rounds' ratios, of the slot size that does worse.
 
 A start: the table of 1,000,000 slots of 64 KiB, all complete, is read, checked and adopted by a `Store`, in a fresh process on
 one core; what the page cache has of the table is dropped before.
@@ -29,18 +29,20 @@ from typing import Any
 import numpy as np
 from common import arguments, progress, report, summary
 
-from kvshare import disk_files, keys, native
+from kvshare import disk_files, keys, native, promotion
 from kvshare.config import Settings
 from kvshare.disk import DiskFolder, DiskRegion
 from kvshare.mapping import Mapping
 from kvshare.region import HEADER
 from kvshare.store import Store
+from kvshare.tiers import DISK_BATCH_BYTES
 from kvshare.vault import Vault
 
 HERE = Path(__file__).resolve().parent
 SIZE = 512 << 20
-BATCH_BYTES = 4 << 20
-THREADS = 4
+BATCH_BYTES = DISK_BATCH_BYTES
+THREADS = Settings().disk_threads
+assert BATCH_BYTES == promotion.BATCH_BYTES  # one size for both ways
 SLOT_SIZES = {"2 MiB": 2 << 20, "256 KiB": 256 << 10, "64 KiB": 64 << 10}
 REPORTED_ONLY = "64 KiB"
 SCAN_SLOTS, SCAN_SLOT_BYTES = 1_000_000, 64 << 10
