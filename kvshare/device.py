@@ -12,7 +12,11 @@ registered for the others. Generations mean what they mean everywhere (`kvshare.
     begin ──> odd ──(step sent, step back)──> finish ──> even ──> begin (the next odd one) ...
 
 They only grow, and begin above the time at which the table was made. No checksums: vLLM writes the blocks, and a reader finds
-before and after its copy the generation that it was told, or has a miss.
+before and after its copy the generation that it was told, or has a miss. An index knows keys by 64 bits of them, so it may once
+in a very long time take a block for another, and no checksum would say so. Hence an even generation carries a tag of its
+block's key (`TAG_BITS`), and who was told of a location compares it (`is_of`).
+
+    generation   51 bits: count │ 12 bits: tag + 1, 0 while odd │ 1 bit: odd while it is written
 
 Threads: transitions come from one process, one at a time. Questions from any.
 """
@@ -33,8 +37,11 @@ from kvshare.region import SUPERBLOCK, SUPERBLOCK_BYTES, generation_now
 
 SUFFIX = ".generations"
 MAGIC = b"KVSHARED"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STRIDE = 8
+TAG_BITS = 12
+TAGS = (1 << TAG_BITS) - 1  # there are so many
+_COUNT_SHIFT = TAG_BITS + 1
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
@@ -110,15 +117,16 @@ class DeviceTable:
     def begin(self, slots: npt.ArrayLike) -> None:
         """These slots (each once) are handed out for writing: to be called before anything may write to them."""
         chosen = self._checked(slots)
-        # Even to the odd above it; odd to the next odd; never used to the first of this table.
-        self._generations[chosen] = np.maximum(self._generations[chosen] + np.uint64(1), np.uint64(self._birth)) | np.uint64(1)
+        counts = np.maximum(self._generations[chosen], np.uint64(self._birth)) >> np.uint64(_COUNT_SHIFT)
+        self._generations[chosen] = counts + np.uint64(1) << np.uint64(_COUNT_SHIFT) | np.uint64(1)
 
-    def finish(self, slots: npt.ArrayLike, begun: U64) -> npt.NDArray[np.bool_]:
+    def finish(self, slots: npt.ArrayLike, begun: U64, tags: U64 | None = None) -> npt.NDArray[np.bool_]:
         """These slots are complete, unless they were handed out again since their generation was ``begun`` (uint64 [n], odd).
-        Returns which are, bool [n]; their generations are ``begun + 1``."""
+        Returns which are, bool [n]; their generations are `completed` (begun, tags). tags: of their keys, uint64 [n]; None:
+        nobody is told of them by key."""
         chosen = self._checked(slots)
         held = np.asarray(self._generations[chosen] == begun)
-        self._generations[chosen[held]] = begun[held] + np.uint64(1)
+        self._generations[chosen[held]] = completed(begun, tags)[held]
         return held
 
     def retire_all(self) -> None:
@@ -135,6 +143,21 @@ class DeviceTable:
         if len(chosen) and not (int(chosen.min()) >= 0 and int(chosen.max()) < self.slots):
             raise IndexError(f"slots {chosen.min()} to {chosen.max()} of {self.slots}")
         return chosen
+
+
+def completed(begun: U64, tags: U64 | None = None) -> U64:
+    """Generations (uint64 [n]) under which blocks are complete that were begun under these, with these tags of their keys."""
+    return begun + np.uint64(1) if tags is None else begun + np.uint64(1) + (tags << np.uint64(1))
+
+
+def tag_of(key: bytes) -> int:
+    """Below `TAGS`; equal in all shards of a block, whose keys differ in their family."""
+    return int.from_bytes(key[-3:], "little") % TAGS
+
+
+def is_of(generation: int, key: bytes) -> bool:
+    """Can a complete device block of this generation be that key's?"""
+    return generation & ((1 << _COUNT_SHIFT) - 1) == (tag_of(key) + 1) << 1
 
 
 def table_path(stem: str) -> str:

@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvshare.cost import Candidate, choose
+from kvshare.device import is_of
 from kvshare.messages import Fetching, Locate, Located
-from kvshare.places import Location, RegionDescription, located
+from kvshare.places import DEVICE, Location, RegionDescription, located
 from kvshare.promotion import Want
 
 if TYPE_CHECKING:
@@ -90,17 +91,22 @@ class Locating:
     def _take(self, keys: Sequence[bytes], found: list[list[Location]], which: list[int], told: list[list[Location]]) -> None:
         """Of what the directory told, what we can read and may."""
         ends, regions = self._node.memory.ends, {(place.node, place.region): place for places in told for place in places}
-        reached = {where for where, place in regions.items() if self._reachable(place)}
+        kinds = {where: self._reached_kind(place) for where, place in regions.items()}
         for i, places in zip(which, told, strict=True):
-            if places:
-                found[i] = [place for place in places if (place.node, place.region) in reached and not ends.over(place.expires)]
-                for place in found[i]:
-                    ends.told(keys[i], place.expires)
+            for place in places:
+                kind = kinds[place.node, place.region]
+                if not kind or ends.over(place.expires) or (kind == DEVICE and not is_of(place.generation, keys[i])):
+                    continue
+                found[i].append(place)
+                ends.told(keys[i], place.expires)
 
-    def _reachable(self, location: Location) -> bool:
+    def _reached_kind(self, location: Location) -> str:
+        """The kind of the region that it names; empty where we cannot read it."""
         peer = self._node.region_of(location)
         own = self._node.exposed.get(self._session.number)  # what its engine has, its engine finds itself
-        return peer is not None and (own is None or own.name != location.node) and self._node.transports.reaches(peer)
+        if peer is None or (own is not None and own.name == location.node) or not self._node.transports.reaches(peer):
+            return ""
+        return peer.kind
 
     # --- slow tiers ---------------------------------------------------------------------------------------------------
 

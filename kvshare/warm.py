@@ -23,9 +23,10 @@ import numpy.typing as npt
 
 from kvshare import keys, native
 from kvshare.cost import Rates
+from kvshare.device import is_of
 from kvshare.errors import KVShareError, Unavailable
 from kvshare.messages import Warm
-from kvshare.places import GroupPlan, Stored, WarmItem
+from kvshare.places import DEVICE, GroupPlan, Stored, WarmItem
 from kvshare.store import NO_SLOT
 from kvshare.transport.base import BlockStatus, Completion, ReadRequest, Targets, Transfer
 from kvshare.warm_group import Groups, batch_blocks
@@ -182,6 +183,8 @@ class Warmer:
         description = self._memory.peer(node, region)
         if description is None:
             return
+        if description.kind == DEVICE:
+            items = [item for item in items if is_of(item.location.generation, item.key)]
         step = max(1, job.batch_bytes // region)
         for start in range(0, len(items), step):
             batch = items[start : start + step]

@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvshare.device import DeviceTable
+from kvshare.device import DeviceTable, completed, tag_of
 from kvshare.keys import FAMILY_BYTES
 from kvshare.messages import Expose, Message, Shown
 from kvshare.places import Stored
@@ -43,10 +43,11 @@ class Teller(Protocol):
 
 
 class Completing(NamedTuple):
-    """Blocks (int64 [n]) that a step completes, the keys of what is in them, and the generations (odd) under which they are
-    written."""
+    """Blocks (int64 [n]) that a step completes, the keys of what is in them and their tags, and the generations (odd) under
+    which they are written."""
 
     keys: list[bytes]
+    tags: npt.NDArray[np.uint64]
     blocks: npt.NDArray[np.int64]
     begun: npt.NDArray[np.uint64]
 
@@ -116,7 +117,8 @@ class LiveCache:
     def completing(self, block_keys: list[bytes], block_ids: Sequence[int]) -> None:
         """Once the step that is being made is back, these blocks hold what these keys say."""
         blocks = np.array(block_ids, np.int64)
-        self._now.append(Completing(block_keys, blocks, self._table.generations(blocks)))
+        tags = np.array([tag_of(key) for key in block_keys], np.uint64)
+        self._now.append(Completing(block_keys, tags, blocks, self._table.generations(blocks)))
 
     def sent(self) -> None:
         """The step goes to the workers."""
@@ -129,13 +131,14 @@ class LiveCache:
         """The step that was sent first of those under way is back."""
         if not self._under_way:
             return
-        for completed in self._under_way.popleft():
+        for done in self._under_way.popleft():
             with self._changing:
-                held = self._table.finish(completed.blocks, completed.begun)
+                held = self._table.finish(done.blocks, done.begun, done.tags)
+                generations = completed(done.begun, done.tags).tolist()
                 for i in np.flatnonzero(held).tolist():
-                    block_id, key = int(completed.blocks[i]), completed.keys[i]
+                    block_id, key = int(done.blocks[i]), done.keys[i]
                     self._keys[block_id] = key
-                    self._places[key] = Place(block_id, int(completed.begun[i]) + 1)
+                    self._places[key] = Place(block_id, generations[i])
                     self._came.add(key)
             self._changed.set()
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 
 import numpy as np
 
-from tests.node.conftest import BLOCK_BYTES, BLOCK_SIZE, Cluster, blocks_of, eventually
+from kvshare import keys, processes
+from kvshare.device import STRIDE, DeviceTable, tag_of
+from kvshare.messages import Expose, Shown
+from kvshare.places import ProcessMemory, Stored
+from kvshare.session import Session
+from tests.node.conftest import BLOCK_BYTES, BLOCK_SIZE, SPACE, Cluster, blocks_of, eventually
 
 TOKENS = list(range(100, 100 + 40 * BLOCK_SIZE))
 
@@ -36,6 +43,31 @@ def test_the_hosts_of_one_machine_share_by_memory_when_allowed(cluster: Cluster)
         giver.save(TOKENS, blocks_of(TOKENS))
         assert eventually(lambda: taker.match(TOKENS) == len(TOKENS))
         assert load_all(taker) == len(TOKENS)
+
+
+def test_an_engines_block_is_read_only_as_the_one_that_it_was_completed_as(cluster: Cluster, tmp_path: Path) -> None:
+    """An index may take a key for another's, and device blocks have no checksum: their generations carry tags."""
+    cluster.start_directory()
+    a, b = (cluster.host(name, transports="process", warm_bytes=0).start() for name in "ab")
+    named = [keys.prefix(SPACE.family()) + each for each in keys.chain(TOKENS[: 4 * BLOCK_SIZE], BLOCK_SIZE)]
+    table = DeviceTable.create(str(tmp_path / "generations"), len(named), BLOCK_BYTES)
+    slots, blocks = np.arange(len(named)), blocks_of(TOKENS)[: len(named)].copy()
+    table.begin(slots)
+    begun, tags = table.generations(slots), np.array([tag_of(key) for key in named], np.uint64)
+    tags[3] = tag_of(named[3]) ^ 1  # another key's
+    assert table.finish(slots, begun, tags).all()
+    place = os.getpid(), processes.started(os.getpid()), processes.pid_space(), "DRAM", 0
+    memory = ProcessMemory(*place, (blocks.ctypes.data,), (BLOCK_BYTES,), (BLOCK_BYTES,), table.table_address, STRIDE)
+    session = Session.connect(a.settings, SPACE, engine="engine", block_bytes=BLOCK_BYTES)
+    session.send(Expose(5, table.path, len(named), BLOCK_BYTES, memory))
+    told = zip(named, table.generations(slots).tolist(), strict=True)
+    session.send(Shown([Stored(key, 5, slot, told, BLOCK_BYTES) for slot, (key, told) in enumerate(told)], []))
+    assert eventually(lambda: cluster.directory is not None and cluster.directory.status().keys == len(named))
+    with b.connect() as taker:
+        assert eventually(lambda: taker.match(TOKENS) == 3 * BLOCK_SIZE)
+        filled = np.zeros_like(blocks)
+        assert taker.load(TOKENS[: 4 * BLOCK_SIZE], filled) == 3 * BLOCK_SIZE and (filled[:3] == blocks[:3]).all()
+    session.close()
 
 
 def test_an_engine_that_attaches_finds_the_hot_blocks_in_its_own_node(cluster: Cluster) -> None:
