@@ -120,6 +120,8 @@ BARS: tuple[Bar, ...] = (
     Bar("index_rebuild_10m_seconds", "bench_index.py", "<=", 10, "s", 5),
     Bar("index_lookup_over_radix", "bench_index_radix.py", ">=", 10, "ratio", 5),
     Bar("index_publish_over_radix", "bench_index_radix.py", ">=", 10, "ratio", 5),
+    # A node's lookup of such a prompt in the directory actor of a Ray cluster, over an empty call of that actor.
+    Bar("actor_lookup_128k_over_call", "bench_actor.py", "<=", 2.0, "ratio", 5),
     # Who sends requests where: a decision among 100 replicas; the trace on eight replicas, over the best other policy.
     Bar("routing_p99_ms", "bench_routing.py", "<=", 1.0, "ms", 5),
     Bar("routing_ttft_over_best_other", "bench_routing.py", "<=", 1.0, "ratio", 5),
