@@ -98,7 +98,7 @@ def bench_directory(
     find = timed(fixture.ask(Find(1, keys_of(names[start : start + FIND_KEYS]))), 5 * rounds)  # a prompt's blocks came together
     chains = [Seen(keys_of(names[start : start + 256])[0]) for start in range(0, 1 << 17, 256)]
     hot = timed(fixture.ask(Report(chains)), rounds)
-    plan = timed(fixture.ask(AskPlan(1, FAMILY, 1024 * LENGTH, 30.0, False, {})), rounds)
+    plan = timed(fixture.ask(AskPlan(1, FAMILY, keys.NO_TENANT, 1024 * LENGTH, 30.0, False, {})), rounds)
     assert fixture.directory.status().keys == len(names)
     return {
         "directory_publishes": len(names) / taken,

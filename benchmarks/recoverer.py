@@ -72,7 +72,9 @@ class Ledger:
         self._channel = Channel(
             settings.socket_path, settings.message_bytes_max, self._told, lambda _: self._over.set(), settings.attach_seconds
         )
-        attach = self._channel.ask(lambda ask: Attach(ask, PROTOCOL_VERSION, "ledger", SPACE, block_bytes, True, False))
+        attach = self._channel.ask(
+            lambda ask: Attach(ask, PROTOCOL_VERSION, "ledger", SPACE, block_bytes, True, False, keys.NO_TENANT)
+        )
         if not isinstance(attach.result(settings.attach_seconds), Attached):
             raise Unavailable("the node does not let us attach")
 

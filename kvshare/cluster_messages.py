@@ -66,11 +66,13 @@ class Declare(Message, frozen=True):
 
 
 class AskPlan(Message, frozen=True):
-    """What should this node pull to be warm for ``family``? Answered by `Plan`, with ``group`` (it would take part in one) up
-    to ``warm_gather_seconds`` later. ``rates``: bytes per second at which it read from nodes' memory lately, where it did."""
+    """What should this node pull to be warm for ``family``, first what is of ``tenant`` (a tag, zeros for none)? Answered by
+    `Plan`, with ``group`` (it would take part in one) up to ``warm_gather_seconds`` later. ``rates``: bytes per second at which
+    it read from nodes' memory lately, where it did."""
 
     ask: int
     family: bytes
+    tenant: bytes
     bytes_max: int
     seconds_max: float
     group: bool

@@ -3,8 +3,8 @@
     key ── keyed hash ──> 64 bits:  | part (6) |          | shard, of 16 |
 
 Two of a hundred million keys are alike once in 3,600 such indexes, and then a reader finds out: a block carries a checksum that
-its whole key seeds, or in a device region a tag of its key. The seed comes from the cluster's secret, so nodes and directory agree, and whoever chooses prompts cannot
-choose keys that are alike or fall together.
+its whole key seeds, or in a device region a tag of its key. The seed comes from the cluster's secret, so nodes and directory
+agree, and whoever chooses prompts cannot choose keys that are alike or fall together.
 
 Pure. Threads: none; the compiled loops hold the GIL, for a few nanoseconds a key.
 """

@@ -148,10 +148,17 @@ class Hotness:
         while self._keys > self._keys_max:
             self._forget(self._keys - self._keys_max)
 
-    def hottest(self, family: bytes, keys_max: int) -> list[HotKey]:
-        """The ``keys_max`` hottest blocks of a family, hottest first, at equal heat head first. Prefix-closed."""
-        runs = [each for root in self._roots.get(family, {}).values() for each in _ranked(root)]
-        return _blocks(runs, keys_max)
+    def hottest(self, family: bytes, keys_max: int, tenant: bytes = keys.NO_TENANT) -> list[HotKey]:
+        """The ``keys_max`` hottest blocks of a family, hottest first, at equal heat head first. Prefix-closed. What is of
+        ``tenant`` (a tag) comes before all others."""
+        trees = self._roots.get(family, {}).items()
+        lots = [[root for tree, root in trees if (keys.tenant_of(tree.prefix) == tenant) == own] for own in (True, False)]
+        if tenant == keys.NO_TENANT:
+            lots = [[root for _, root in trees]]
+        found: list[HotKey] = []
+        for roots in lots:
+            found += _blocks([each for root in roots for each in _ranked(root)], keys_max - len(found))
+        return found
 
     def hottest_of(self, wanted: Container[bytes]) -> list[bytes]:
         """All of ``wanted`` that are known, of any family, hottest first, at equal heat head first. Reads everything."""

@@ -37,7 +37,8 @@ class Message(msgspec.Struct, tag=True, frozen=True, array_like=True, forbid_unk
 class Attach(Message, frozen=True):
     """First message of a session. ``family`` subscribes to the node's blocks of that family (`Indexed`, `Dropped`).
     ``block_bytes`` is the length of the engine's blocks: the node makes a region of that slot size.
-    ``warm``: this engine wants the warm plan (its scheduler half says so, its workers do not)."""
+    ``warm``: this engine wants the warm plan (its scheduler half says so, its workers do not). ``tenant``: the tag of whose its
+    requests are where they do not say, zeros for nobody's: what the plan looks for first."""
 
     ask: int
     version: int
@@ -46,6 +47,7 @@ class Attach(Message, frozen=True):
     block_bytes: int
     subscribe: bool
     warm: bool
+    tenant: bytes
 
 
 class Locate(Message, frozen=True):

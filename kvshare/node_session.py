@@ -179,7 +179,7 @@ class NodeSession:
         self._subscribed = message.subscribe
         self.push([block for block in store.inventory()], [])
         if message.warm:
-            node.warmer.start(self._family)
+            node.warmer.start(self._family, message.tenant)
 
     async def _declare(self, namespace: keys.Namespace) -> list[str]:
         """Remember the namespace; one line for each other that comes near but does not share."""

@@ -88,7 +88,7 @@ class Planner:
         if not joiners:
             return []
         nodes = [self._members.at(each.connection) for each in joiners]
-        ranked = self._hotness.hottest(ask.family, PLAN_BLOCKS_MAX)
+        ranked = self._hotness.hottest(ask.family, PLAN_BLOCKS_MAX, ask.tenant)
         hot = _packed(key for key, _ in ranked)
         plan = plan_group(
             ranked,
@@ -114,7 +114,7 @@ class Planner:
     def _plan(self, node: NodeDescription, ask: AskPlan, now: float) -> Plan:
         self._counters["plans"] += 1
         for blocks in PLAN_BLOCKS:
-            ranked = self._hotness.hottest(ask.family, blocks)
+            ranked = self._hotness.hottest(ask.family, blocks, ask.tenant)
             hot = _packed(key for key, _ in ranked)
             plan = plan_warm(
                 ranked,

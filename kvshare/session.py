@@ -80,7 +80,8 @@ class Session:
         self.block_bytes = block_bytes
         self.notices: list[str] = []
         self._family = namespace.family()
-        self._attach = lambda ask: Attach(ask, PROTOCOL_VERSION, engine, namespace, block_bytes, subscribe, warm)
+        wants = subscribe, warm, keys.tenant_tag(settings.tenant)
+        self._attach = lambda ask: Attach(ask, PROTOCOL_VERSION, engine, namespace, block_bytes, *wants)
         self._channel: Channel | None = None
         self._region: Region | None = None
         self._retired: list[Region] = []  # mappings of former nodes: a running save may still write there

@@ -159,16 +159,23 @@ class Shards:
         return found
 
     async def plan(
-        self, family: bytes, bytes_max: int, seconds_max: float, group: bool, rates: dict[str, float], patience_seconds: float
+        self,
+        family: bytes,
+        tenant: bytes,
+        bytes_max: int,
+        seconds_max: float,
+        group: bool,
+        rates: dict[str, float],
+        patience_seconds: float,
     ) -> Plan:
-        """What to pull to be warm: the shards' plans, hottest first as far as can be told. ``group``: take part in one, if the
-        directory is one shard. rates: bytes per second of the nodes that we have read from. Raises Unavailable when no shard
-        answers."""
+        """What to pull to be warm: the shards' plans, this tenant's first, hottest first as far as can be told. ``group``: take
+        part in one, if the directory is one shard. rates: bytes per second of the nodes that we have read from. Raises
+        Unavailable when no shard answers."""
         links = [link for link in self._links if link.connected]
         alone, share = len(self._links) == 1, max(1, len(links))
 
         def question(ask: int) -> AskPlan:
-            return AskPlan(ask, family, bytes_max // share, seconds_max / share, group and alone, rates)
+            return AskPlan(ask, family, tenant, bytes_max // share, seconds_max / share, group and alone, rates)
 
         answers = await self._some([link.ask(question, patience_seconds) for link in links], Plan)
         if alone:

@@ -52,8 +52,8 @@ Read = Callable[[ReadRequest, npt.NDArray[np.int64]], Transfer]  # the second: w
 class WarmJob:
     """The warm plan of one family on this node; or what is taken of a node that leaves: then nothing is pushed out for it."""
 
-    def __init__(self, family: bytes, *, taking: bool = False) -> None:
-        self.family = family
+    def __init__(self, family: bytes, tenant: bytes = keys.NO_TENANT, *, taking: bool = False) -> None:
+        self.family, self.tenant = family, tenant
         self.evicts = not taking
         self.batch_bytes = TAKE_BYTES if taking else BATCH_BYTES
         self.done = asyncio.Event()
@@ -96,12 +96,12 @@ class Warmer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._started = asyncio.Event()
 
-    def start(self, family: bytes) -> None:
-        """Begin (again) unless the family's plan is under way."""
+    def start(self, family: bytes, tenant: bytes) -> None:
+        """Begin (again) unless the family's plan is under way; what is this tenant's first."""
         job = self.jobs.get(family)
         if job is not None and not job.done.is_set():
             return
-        job = self.jobs[family] = WarmJob(family)
+        job = self.jobs[family] = WarmJob(family, tenant)
         self._started.set()
         self._started = asyncio.Event()
         task = asyncio.get_running_loop().create_task(self._run(job))
@@ -159,7 +159,7 @@ class Warmer:
             left, together = self._bytes_max - job.bytes_pulled, turn == 0 and self._groups.capable
             patience = DIRECTORY_SECONDS + together * self._memory.settings.warm_gather_seconds
             rates = self._rates.of_nodes(time.monotonic())
-            plan = await self._link.plan(job.family, left, self._seconds_max, together, rates, patience)
+            plan = await self._link.plan(job.family, job.tenant, left, self._seconds_max, together, rates, patience)
             if turn == 0:
                 job.present, job.wanted = plan.present, plan.present + len(plan.items)
             before = job.pulled

@@ -134,6 +134,23 @@ def test_warm_up_copies_end_with_their_originals(cluster: Cluster, tmp_path: Pat
             assert end_of(two) == end_of(one) > 0
 
 
+def test_a_joiner_is_warmed_with_its_own_tenants_blocks_first(cluster: Cluster) -> None:
+    directory = cluster.start_directory()
+    one = cluster.host("a").start()
+    with one.connect() as here:
+        for tenant, lookups in (("acme", 1), ("other", 3)):
+            save(here, tenant)
+            assert eventually(lambda tenant=tenant: here.match(TOKENS, tenant=tenant) == len(TOKENS))
+            for _ in range(lookups):
+                here.match(TOKENS, tenant=tenant)
+        assert eventually(lambda: directory.status().counters["hot_keys"] == 2 * BLOCKS)
+        two = cluster.host("b", tenant="acme", warm_bytes=BLOCKS * BLOCK_BYTES).start()
+        with two.connect() as there:
+            assert there.wait_warm(10.0).pulled == BLOCKS
+            assert two.node is not None
+            assert {keys.tenant_of(block.key) for block in two.node.memory.inventory()} == {ACME}
+
+
 def test_a_restart_gives_nobody_more_time(cluster: Cluster, tmp_path: Path) -> None:
     host = cluster.host("a", tenants_file=file_of(tmp_path, ttl_seconds=1000)).start()
     with host.connect() as cache:

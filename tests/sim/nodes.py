@@ -12,6 +12,7 @@ from functools import partial
 
 from kvshare.cluster_messages import AskPlan, Erase, Erased, Find, Found, Leave, Plan, Take, Taken
 from kvshare.index import CompactIndex, index_seed, shard_of
+from kvshare.keys import NO_TENANT
 from kvshare.messages import Message
 from kvshare.places import DEVICE, HOST, Location, NodeDescription, RegionDescription, Stored, WarmItem
 from kvshare.purge import NodePurge, PurgeScope
@@ -204,7 +205,7 @@ class Node:
         for link in self.links:
             share = bytes_max // len(self.links)
             rates = {name: self._world.random.uniform(1e3, 1e9) for name in list(link.peers)[::2]}
-            ask = partial(AskPlan, family=family, bytes_max=share, seconds_max=5.0, group=False, rates=rates)
+            ask = partial(AskPlan, family=family, tenant=NO_TENANT, bytes_max=share, seconds_max=5.0, group=False, rates=rates)
             link.ask(ask, PLAN_SECONDS, self._planned)
 
     def _planned(self, plan: Plan | None) -> None:

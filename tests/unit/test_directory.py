@@ -142,7 +142,7 @@ class Play:
         return found.places.locations()
 
     def plan(self, connection: int, bytes_max: int = 10**6) -> Plan:
-        made = self.answer(connection, AskPlan(1, FAMILY, bytes_max, 10.0, False, {}))
+        made = self.answer(connection, AskPlan(1, FAMILY, keys.NO_TENANT, bytes_max, 10.0, False, {}))
         assert isinstance(made, Plan)
         return made
 
@@ -532,8 +532,8 @@ def test_a_donor_gives_as_much_as_anybody_found_that_it_can(play: Play) -> None:
     play.hear(a, Report([seen(*names)]))
     old, new = play.join("old"), play.join("new")
     rates = {"a": 3.0 * LENGTH, "b": float(LENGTH), "nobody": 1.0}
-    play.answer(old, AskPlan(1, FAMILY, 0, 10.0, False, rates))
-    play.answer(old, AskPlan(1, FAMILY, 0, 10.0, False, {"a": -1.0, "b": math.nan}))
+    play.answer(old, AskPlan(1, FAMILY, keys.NO_TENANT, 0, 10.0, False, rates))
+    play.answer(old, AskPlan(1, FAMILY, keys.NO_TENANT, 0, 10.0, False, {"a": -1.0, "b": math.nan}))
     assert Counter(item.location.node for item in play.plan(new).items) == {"a": 6, "b": 2}
     play.now += RATES_SECONDS + 60.0
     play.hear(a, Report([seen(*names)]))
@@ -590,7 +590,7 @@ def grouping() -> Play:
     return play
 
 
-ASK = AskPlan(5, FAMILY, 10**6, 10.0, True, {})
+ASK = AskPlan(5, FAMILY, keys.NO_TENANT, 10**6, 10.0, True, {})
 HOT = [key("1"), key("12")]
 
 
@@ -741,7 +741,7 @@ def test_a_leaving_node_gets_no_plan_and_two_of_them_do_not_count_on_each_other(
     assert play.answer(second, leave("x", ask=1)) == Left(1, 0, [key("x")])
     assert play.find(first, "x") == [[]]
     play.hear(second, Report([seen("x")]))
-    assert play.answer(first, AskPlan(2, FAMILY, 1 << 30, 30.0, False, {})) == Plan(2, [], 0, None)
+    assert play.answer(first, AskPlan(2, FAMILY, keys.NO_TENANT, 1 << 30, 30.0, False, {})) == Plan(2, [], 0, None)
     assert play.find(play.join("c"), "x") == [["b", "a"]], "others are sent there as long as nobody else has it"
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvshare.cluster_messages import AskPlan, Host, Hosted
 from kvshare.gathering import HOSTED_SECONDS, Gatherings, Waiting
+from kvshare.keys import NO_TENANT
 from kvshare.places import GroupPlan, Location, WarmItem
 
 RANKS, SECONDS = 3, 2.0
@@ -18,7 +19,7 @@ ITEMS = [WarmItem(b"key", Location("donor", 4096, 0, 2, 4096))]
 
 
 def waiting(connection: int, ask: int = 1, family: bytes = b"f") -> Waiting:
-    return Waiting(connection, AskPlan(ask, family, 10, 10.0, True, {}))
+    return Waiting(connection, AskPlan(ask, family, NO_TENANT, 10, 10.0, True, {}))
 
 
 def answer(host: Host, **changes: Any) -> Hosted:

@@ -18,11 +18,17 @@ FAMILY, OTHER = b"f" * keys.FAMILY_BYTES, b"o" * keys.FAMILY_BYTES
 HASH_BYTES = 16
 
 
-def chain(name: str, length: int | None = None, family: bytes = FAMILY, variant: bytes = keys.NO_VARIANT) -> list[bytes]:
+def chain(
+    name: str,
+    length: int | None = None,
+    family: bytes = FAMILY,
+    variant: bytes = keys.NO_VARIANT,
+    tenant: bytes = keys.NO_TENANT,
+) -> list[bytes]:
     """A chain whose keys name its tokens up to each block, as real hashes do: "ab" shares its head with "ac"."""
     length = len(name) if length is None else length
     names = [name[: depth + 1].encode().ljust(depth + 1, b".").ljust(HASH_BYTES, b"_") for depth in range(length)]
-    return [keys.prefix(family, variant) + each for each in names]
+    return [keys.prefix(family, variant, tenant=tenant) + each for each in names]
 
 
 def seen(chain: Sequence[bytes], depths: Sequence[int] = ()) -> Seen:
@@ -41,6 +47,18 @@ def test_what_was_looked_up_more_often_ranks_first() -> None:
     hotness.touch(seen(chain("b")), 0.0)
     assert ranking(hotness) == chain("b") + chain("a")
     assert not hotness.check()
+
+
+def test_a_tenants_own_come_before_what_is_hotter() -> None:
+    """Its engines can use nothing else, but for requests that name others."""
+    hotness, tags = Hotness(600.0, 100), [keys.tenant_tag(name) for name in ("acme", "other")]
+    acme, other, nobodys = chain("ab", tenant=tags[0]), chain("cd", tenant=tags[1]), chain("ef")
+    for times, each in ((1, acme), (2, other), (3, nobodys)):
+        for _ in range(times):
+            hotness.touch(seen(each), 0.0)
+    for tag, wanted in ((tags[0], acme + nobodys + other), (keys.NO_TENANT, nobodys + other + acme)):
+        for count in range(7):
+            assert [hot.key for hot in hotness.hottest(FAMILY, count, tag)] == wanted[:count]
 
 
 def test_at_equal_heat_heads_rank_before_what_follows_them() -> None:
