@@ -26,7 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 
 from kvshare.integrations.vllm.attach import attach_scheduler, attach_worker
 from kvshare.integrations.vllm.identity import settings_from, settings_of
-from kvshare.integrations.vllm.metadata import Hello, StepMetadata, TransferStats
+from kvshare.integrations.vllm.metadata import NOTHING, Hello, StepMetadata, TransferStats
 from kvshare.integrations.vllm.scheduler_half import SchedulerHalf
 from kvshare.integrations.vllm.worker_half import WorkerHalf
 
@@ -109,7 +109,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Nothing: blocks are saved whole, after the forward."""
 
     def wait_for_save(self) -> None:
-        if self._worker is not None:
+        if self._worker is not None and self._connector_metadata is not NOTHING:
             self._worker.start_saves(self._step())
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:

@@ -45,6 +45,13 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     forward: bool = False
     epoch: int = 0
 
+    def __reduce__(self) -> Any:
+        """What nearly all steps say travels by its name, in a microsecond instead of ten."""
+        return "NOTHING" if self is NOTHING else super().__reduce__()
+
+
+NOTHING = StepMetadata(forward=True)  # nothing to do in this step: one object, never changed
+
 
 @dataclass
 class Hello(KVConnectorHandshakeMetadata):  # type: ignore[misc]

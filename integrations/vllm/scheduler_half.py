@@ -32,7 +32,7 @@ from kvshare.cost import Cost
 from kvshare.integrations.vllm.adapters import Adapters
 from kvshare.integrations.vllm.identity import covers_extra_keys
 from kvshare.integrations.vllm.live import LiveCache
-from kvshare.integrations.vllm.metadata import Load, Reads, Save, StepMetadata
+from kvshare.integrations.vllm.metadata import NOTHING, Load, Reads, Save, StepMetadata
 from kvshare.loading import LoadPlan, Offer
 from kvshare.tenants import NAME_REMEDY, tag_of
 
@@ -188,24 +188,27 @@ class SchedulerHalf:
 
     def step(self, output: SchedulerOutput) -> StepMetadata:
         """What the worker has to do in this step. Nearly always nothing, and every microsecond is one of a decoded token."""
-        planned, self._planned = self._planned, []
-        meta = StepMetadata(planned, forward=output.total_num_scheduled_tokens > 0, epoch=self._epoch)
-        for load in planned:
-            meta.overwritten += load.block_ids
-        meta.overwritten += self._handed_out(output)
-        if self._live is not None:
-            self._live.begin(meta.overwritten)
+        planned, saves = self._planned, list[Save]()
+        overwritten = self._handed_out(output)
+        if planned:
+            self._planned = []
+            overwritten += [block_id for load in planned for block_id in load.block_ids]
+        if self._live is not None and overwritten:
+            self._live.begin(overwritten)
         if self._may_save:
             if self._postponed:
-                meta.saves += self._due(frozenset(meta.overwritten))
+                saves += self._due(frozenset(overwritten))
             for request_id, tokens in output.num_scheduled_tokens.items():
                 tracked = self._requests.get(request_id)
                 if tracked is not None and tracked.request.num_computed_tokens + tokens >= tracked.due:
-                    meta.saves += self._completed(tracked, tokens, output.kv_connector_block_state)
+                    saves += self._completed(tracked, tokens, output.kv_connector_block_state)
         if self._live is not None:
             self._live.sent()
-        self._cost.sent(output.total_num_scheduled_tokens, time.monotonic())
-        return meta
+        tokens = output.total_num_scheduled_tokens
+        self._cost.sent(tokens, time.monotonic())
+        if tokens and not (planned or saves or overwritten or self._epoch):
+            return NOTHING
+        return StepMetadata(planned, saves, overwritten, tokens > 0, self._epoch)
 
     def step_returned(self) -> None:
         """The oldest step that was not back is back."""

@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from kvshare.integrations.vllm.metadata import Load, Reads, StepMetadata, TransferStats
+from kvshare.integrations.vllm.metadata import NOTHING, Load, Reads, StepMetadata, TransferStats
 from kvshare.integrations.vllm.pages import Pages, Saving
 from kvshare.loading import Measured
 from kvshare.transport.base import BlockStatus, Completion
@@ -56,7 +56,9 @@ class WorkerHalf:
 
     def prepare(self, step: StepMetadata) -> None:
         """Before anything of this step writes to the KV cache. May be called several times for a step."""
-        if step is not self._step:
+        if step is NOTHING:
+            self._forget_done()
+        elif step is not self._step:
             self._step = step
             self._forget_done()
             self._flush(step.overwritten)

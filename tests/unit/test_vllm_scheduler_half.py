@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of vLLM's and torch's own making
     pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.base")
 
-from kvshare.integrations.vllm.metadata import Reads, StepMetadata
+from kvshare.integrations.vllm.metadata import NOTHING, Reads, StepMetadata
 from kvshare.integrations.vllm.scheduler_half import SchedulerHalf
 from kvshare.keys import NO_TENANT, Namespace, tenant_of, tenant_tag
 from kvshare.loading import LoadPlan, Measured, Offer, SourceRead
@@ -157,6 +158,19 @@ def filled(engine: Engine, tokens: int = 17, **changes: Any) -> None:
     assert engine.admit(first) == 0
     engine.save_all(engine.run(first=(first, tokens)))
     engine.half.finished(first)
+
+
+def test_a_step_with_nothing_to_do_is_one_object_in_all_processes() -> None:
+    engine = Engine()
+    req = request("a", 4 * BLOCK_SIZE)
+    engine.admit(req)
+    assert engine.run(a=(req, BLOCK_SIZE + 1)).saves, "a block is complete"
+    req.num_computed_tokens = BLOCK_SIZE + 1
+    step = engine.run(a=(req, 1))
+    assert step is NOTHING and step == StepMetadata(forward=True)
+    assert pickle.loads(pickle.dumps(step)) is NOTHING
+    busy = StepMetadata(overwritten=[3])
+    assert pickle.loads(pickle.dumps(busy)) == busy
 
 
 def test_a_request_computes_when_nobody_holds_its_blocks() -> None:
