@@ -6,13 +6,14 @@
 #include <sys/mman.h>
 
 #define PAGE_BYTES 4096
-#define UNIT_BYTES 256     /* in the heap */
-#define HEAP_BYTES 16384   /* more than this lie in the area */
-#define SPARE_BYTES 262144 /* of a bank in the area, beyond twice its share */
-#define TAIL_ROWS 16 /* for entries whose homes are the last ones; more are added when those are taken */
-#define FULL 205     /* of 256: 0.80, 20 bytes an entry. A search passes 2 rows on average, an insertion moves 13 */
-#define FRESH 179    /* of 256: 0.70, 22.9 bytes an entry, 23.9 where pages are rounded badly */
-#define SPARSE 145   /* of 256: 0.57 */
+#define HUGE_BYTES (2UL << 20)
+#define UNIT_BYTES 256   /* in the heap */
+#define HEAP_BYTES 16384 /* more than this lie in the area */
+#define TAIL_ROWS 16     /* for entries whose homes are the last ones; more are added when those are taken */
+#define FULL 196         /* of 256: 0.77. A search passes 2 rows on average, an insertion moves 10 */
+#define GROWTH 64        /* of 256: by a quarter, to 0.61 full. In the mean of all sizes between, 23.4 bytes an entry */
+#define SPARSE (FULL * 256 / (256 + GROWTH) * 9 / 10)
+#define LEAST 16 /* rows of the smallest size */
 #define ENDINGS_MIN 16
 
 static Entry NOTHING[4] = {{GAP, GAP}, {GAP, GAP}, {GAP, GAP}, {GAP, GAP}}; /* of all banks without memory: never written */
@@ -20,10 +21,10 @@ static Entry NOTHING[4] = {{GAP, GAP}, {GAP, GAP}, {GAP, GAP}, {GAP, GAP}}; /* o
 void banks_begin(Banks *banks, uint64_t entries_max)
 {
     for (int i = 0; i < BANKS; i++)
-        banks->all[i] = (Bank){NOTHING, 1, 1, 0};
-    uint64_t share = entries_max / BANKS * sizeof(Entry) * 256 / FRESH;
-    banks->area = NULL;
-    banks->reserve_bytes = (2 * share + SPARE_BYTES + HEAP_BYTES) / PAGE_BYTES * PAGE_BYTES;
+        banks->all[i] = (Bank){NOTHING, 1, 1, 0, 0, 0};
+    uint64_t share = entries_max / BANKS * sizeof(Entry) * 256 / FULL * (256 + GROWTH) / 256;
+    banks->mapped = banks->area = NULL;
+    banks->reserve_bytes = (2 * share / HUGE_BYTES + 1) * HUGE_BYTES;
 }
 
 static Entry *range_of(const Banks *banks, uint32_t number)
@@ -37,13 +38,28 @@ void banks_end(Banks *banks)
         if (banks->all[i].entries != NOTHING && banks->all[i].entries != range_of(banks, i))
             free(banks->all[i].entries);
     if (banks->area != NULL)
-        munmap(banks->area, BANKS * banks->reserve_bytes);
+        munmap(banks->mapped, BANKS * banks->reserve_bytes + HUGE_BYTES);
 }
 
 static size_t bytes_for(uint64_t rows)
 {
     size_t bytes = rows * sizeof(Entry), unit = bytes <= HEAP_BYTES ? UNIT_BYTES : PAGE_BYTES;
     return (bytes + unit - 1) / unit * unit;
+}
+
+/* Let what lies in whole huge pages lie in huge pages, but for one more than before: clearing one takes as long as all else.
+ * Where that is new, all that was there is lost. */
+static void fit_pages(Bank *bank, Entry *range, size_t bytes)
+{
+    uint32_t huge = (uint32_t)(bytes / HUGE_BYTES), less = huge < bank->huge ? huge : bank->huge;
+    huge = huge > bank->huge + 1 ? bank->huge + 1 : huge;
+    size_t changing = (huge + bank->huge - 2 * less) * HUGE_BYTES;
+    if (changing == 0)
+        return;
+    char *begin = (char *)range + less * HUGE_BYTES;
+    madvise(begin, changing, MADV_DONTNEED);
+    madvise(begin, changing, huge > less ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+    bank->huge = huge;
 }
 
 static Entry *resize_in_heap(Bank *bank, Entry *range, size_t bytes)
@@ -56,6 +72,7 @@ static Entry *resize_in_heap(Bank *bank, Entry *range, size_t bytes)
     if (made != NULL) {
         memcpy(made, range, bytes);
         madvise(range, bank_bytes(bank), MADV_DONTNEED);
+        fit_pages(bank, range, 0);
     }
     return made;
 }
@@ -67,10 +84,11 @@ static Entry *resize_in_area(Banks *banks, uint32_t number, size_t bytes)
         return NULL;
     if (banks->area == NULL) {
         int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-        void *made = mmap(NULL, BANKS * banks->reserve_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+        void *made = mmap(NULL, BANKS * banks->reserve_bytes + HUGE_BYTES, PROT_READ | PROT_WRITE, flags, -1, 0);
         if (made == MAP_FAILED)
             return NULL;
-        banks->area = made;
+        banks->mapped = made;
+        banks->area = banks->mapped + (HUGE_BYTES - (uintptr_t)made % HUGE_BYTES) % HUGE_BYTES;
     }
     Entry *range = range_of(banks, number);
     if (bank->entries == range && bytes < bank_bytes(bank)) {
@@ -130,16 +148,22 @@ uint32_t bank_leap(const Bank *bank, uint64_t hash, uint32_t row)
 int bank_open(Banks *banks, uint32_t number, uint32_t row)
 {
     Bank *bank = &banks->all[number];
-    uint32_t gap = row, room = bank->room;
-    while (bank->entries[gap].key != GAP)
-        gap++;
-    if (gap + 1 == room) { /* the last one has to stay a gap */
-        if (resize(banks, number, bytes_for((uint64_t)room + TAIL_ROWS)) < 0)
-            return -1;
-        clear(bank, room, bank->room);
+    Entry *entry = bank->entries + row, moved = *entry;
+    while (moved.key != GAP) { /* mostly a few: a call of memmove takes longer */
+        Entry next = *++entry;
+        *entry = moved;
+        moved = next;
     }
-    for (Entry *entry = bank->entries + gap; gap > row; gap--, entry--) /* mostly a few: a call of memmove takes longer */
-        entry[0] = entry[-1];
+    uint32_t room = bank->room, gap = (uint32_t)(entry - bank->entries);
+    if (gap + 1 < room)
+        return 0;
+    /* The last one has to stay a gap. */
+    if (resize(banks, number, bytes_for((uint64_t)room + TAIL_ROWS)) < 0) {
+        memmove(bank->entries + row, bank->entries + row + 1, (gap - row) * sizeof(Entry));
+        clear(bank, gap, room);
+        return -1;
+    }
+    clear(bank, room, bank->room);
     return 0;
 }
 
@@ -154,24 +178,23 @@ void bank_close(Bank *bank, uint32_t row)
 
 /* --- all of them ------------------------------------------------------------------------------------------------ */
 
-int bank_is_full(const Bank *bank)
+/* How many homes so many entries of a bank should have. The sizes that banks go through are a step apart, and those of the
+ * next bank begin a part of a step further on: so they do not all grow at the same time, and all of them together are as full
+ * as the mean of them always. In 256ths of a row. */
+static uint64_t homes_for(uint32_t number, uint64_t count)
 {
-    return ((uint64_t)bank->count + 1) * 256 > (uint64_t)bank->homes * FULL;
-}
-
-/* How many homes so many entries should have: as the number of pages that comes nearest has room for. */
-static uint64_t homes_for(uint64_t count)
-{
-    uint64_t ideal = (count * 256 / FRESH + 1 + TAIL_ROWS) * sizeof(Entry);
+    uint64_t size = LEAST * 256 + LEAST * GROWTH * number / BANKS, least = (count + count / 64 + 1) * 256 * 256 / FULL;
+    while (size < least)
+        size += size * GROWTH / 256;
+    uint64_t ideal = (size / 256 + TAIL_ROWS) * sizeof(Entry);
     uint64_t unit = ideal <= HEAP_BYTES ? UNIT_BYTES : PAGE_BYTES;
-    uint64_t homes = (ideal + unit / 2) / unit * unit / sizeof(Entry) - TAIL_ROWS;
-    int tight = (count + 1) * 256 > homes * (FULL - 8);
-    return homes + (tight ? unit / sizeof(Entry) : 0);
+    return (ideal + unit - 1) / unit * unit / sizeof(Entry) - TAIL_ROWS;
 }
 
-int bank_is_sparse(const Bank *bank)
+int bank_is_sparse(const Banks *banks, uint32_t number)
 {
-    return (uint64_t)bank->count * 256 < (uint64_t)bank->homes * SPARSE && homes_for(bank->count) < bank->homes;
+    const Bank *bank = &banks->all[number];
+    return (uint64_t)bank->count * 256 < (uint64_t)bank->homes * SPARSE && homes_for(number, bank->count) < bank->homes;
 }
 
 /* How many rows these entries take, with that many homes. */
@@ -188,7 +211,7 @@ static uint64_t rows_of(const Entry *entries, uint32_t count, uint32_t homes)
 int bank_lay(Banks *banks, uint32_t number, const Entry *entries, uint32_t count)
 {
     Bank *bank = &banks->all[number];
-    uint64_t homes = homes_for(count);
+    uint64_t homes = homes_for(number, count);
     if (homes > UINT32_MAX / 2)
         return -1;
     /* Where there are addresses for whatever it comes to, nobody needs to know before what it comes to. */
@@ -199,19 +222,22 @@ int bank_lay(Banks *banks, uint32_t number, const Entry *entries, uint32_t count
     }
     if (resize(banks, number, bytes_for(rows)) < 0)
         return -1;
+    if (bank->entries == range_of(banks, number))
+        fit_pages(bank, bank->entries, bank_bytes(bank));
     bank->homes = (uint32_t)homes;
+    bank->limit = (uint32_t)(homes * FULL / 256);
     bank->count = count;
-    Entry *made = bank->entries;
+    clear(bank, 0, bank->room);
     uint32_t next = 0;
     for (uint32_t i = 0; i < count; i++) {
         uint32_t home = home_of_entry(homes, &entries[i]);
-        for (; next < home; next++)
-            made[next] = NOTHING[0];
-        made[next++] = entries[i];
-        if (next == bank->room)
+        next = next > home ? next : home;
+        bank->entries[next++] = entries[i];
+        if (next == bank->room) {
             resize(banks, number, bytes_for((uint64_t)next + TAIL_ROWS)); /* addresses that it has already */
+            clear(bank, next, bank->room);
+        }
     }
-    clear(bank, next, bank->room);
     return 0;
 }
 

@@ -54,8 +54,7 @@ static inline unsigned tell(const Table *table, const Entry *entry, uint64_t has
     size_t at = answer->locations++;
     answer->place[at] = (uint16_t)(number - 1);
     answer->slots[at] = slot_of(entry);
-    answer->generations[at] = (uint64_t)table->places[place].epoch << 32 | half_of(entry);
-    answer->expires[at] = 0;
+    answer->generations[at] = table->places[place].epoch << EPOCH_SHIFT | low_of(entry);
     if (table->any_ends) {
         answer->expires[at] = endings_get(&table->endings[bank_number(hash)], ending_id(hash, table->node_of[place]));
         answer->any_ends |= answer->expires[at] != 0;
@@ -67,12 +66,13 @@ void table_find(const Table *table, const uint64_t *hashes, size_t count, const 
 {
     const Entry *chosen[RANK_NEVER];
     for (size_t i = 0; i < count; i++) {
-        look_ahead(table, hashes, i, count);
+        look_ahead(table, hashes, i, count, AHEAD_ASKED);
         uint64_t hash = hashes[i];
         const Entry *entry = entries_of(table, hash);
         unsigned told = 0;
         if (is_of(entry, hash) && !is_of(entry + 1, hash)) { /* one holder, as most keys have */
-            if (!is_dead(table, entry, bank_number(hash)) && (ranks == NULL || ranks[place_of(entry)] != RANK_NEVER))
+            int dead = table->any_dead && is_dead(table, entry, bank_number(hash));
+            if (!dead && (ranks == NULL || ranks[place_of(entry)] != RANK_NEVER))
                 told = tell(table, entry, hash, answer);
         } else {
             unsigned count_chosen = choose(table, entry, hash, ranks, most, chosen);
@@ -90,7 +90,7 @@ void table_find(const Table *table, const uint64_t *hashes, size_t count, const 
 size_t table_held(const Table *table, const uint64_t *hashes, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
-        look_ahead(table, hashes, i, count);
+        look_ahead(table, hashes, i, count, AHEAD_ASKED);
         const Entry *entry = entries_of(table, hashes[i]);
         while (is_of(entry, hashes[i]) && is_dead(table, entry, bank_number(hashes[i])))
             entry++;
@@ -103,7 +103,7 @@ size_t table_held(const Table *table, const uint64_t *hashes, size_t count)
 void table_holds(const Table *table, uint32_t node, const uint64_t *hashes, size_t count, uint8_t *out)
 {
     for (size_t i = 0; i < count; i++) {
-        look_ahead(table, hashes, i, count);
+        look_ahead(table, hashes, i, count, AHEAD_ASKED);
         out[i] = 0;
         for (const Entry *entry = entries_of(table, hashes[i]); is_of(entry, hashes[i]); entry++)
             if (table->node_of[place_of(entry)] == node)
@@ -115,7 +115,7 @@ uint32_t table_depths(const Table *table, const uint64_t *hashes, size_t count, 
 {
     uint32_t nodes = 0, going_on = 1;
     for (size_t i = 0; i < count && going_on > 0; i++) {
-        look_ahead(table, hashes, i, count);
+        look_ahead(table, hashes, i, count, AHEAD_ASKED);
         going_on = 0;
         for (const Entry *entry = entries_of(table, hashes[i]); is_of(entry, hashes[i]); entry++) {
             uint32_t node = table->node_of[place_of(entry)];

@@ -88,7 +88,7 @@ static int more_places(Table *table)
 }
 
 /* The number of a place that takes entries. NONE: there are too many. */
-static uint32_t place_for(Table *table, uint32_t number, const Blocks *blocks, uint32_t epoch)
+static uint32_t place_for(Table *table, uint32_t number, const Blocks *blocks, uint64_t epoch)
 {
     Node *node = table->nodes[number];
     for (uint32_t at = node->first; at != NONE; at = table->places[at].next) {
@@ -107,7 +107,7 @@ static uint32_t place_for(Table *table, uint32_t number, const Blocks *blocks, u
             return NONE;
         table->places_count++;
     }
-    table->places[made] = (Place){blocks->region, blocks->length, number, epoch, 0, node->first};
+    table->places[made] = (Place){blocks->region, blocks->length, epoch, number, 0, node->first};
     table->dead[made] = 0;
     table->node_of[made] = (uint16_t)number;
     table->answered[made] = 0;
@@ -193,12 +193,17 @@ static int lay(Table *table, uint32_t number)
         table->kept_room = room;
     }
     uint32_t count = bank->count, kept = 0, dead = 0;
-    int any_dead = table->dead_entries > 0;
     Entry *room = table->kept;
+    if (table->dead_entries == 0) {
+        for (const Entry *entry = bank->entries; kept < count; entry++) {
+            room[kept] = *entry;
+            kept += entry->key != GAP; /* no branch: nobody could foretell it */
+        }
+    }
     for (const Entry *entry = bank->entries; kept + dead < count; entry++) {
         if (entry->key == GAP)
             continue;
-        if (any_dead && is_dead(table, entry, number))
+        if (is_dead(table, entry, number))
             dead++;
         else
             room[kept++] = *entry;
@@ -247,18 +252,23 @@ static void put(Table *table, uint32_t number, uint32_t row, uint32_t mine, cons
 }
 
 /* -1: refused. `epoch` and `place` are those of the block before, most likely this one's too. */
-static int add_one(Table *table, uint32_t node, const Blocks *blocks, size_t i, uint32_t *epoch, uint32_t *place)
+static int add_one(Table *table, uint32_t node, const Blocks *blocks, size_t i, uint64_t *epoch, uint32_t *place)
 {
     uint64_t hash = blocks->hashes[i], generation = blocks->generations[i];
     uint32_t slot = blocks->slots[i], number = bank_number(hash), row, end;
     Bank *bank = &table->banks.all[number];
-    if (slot >= SLOTS_MAX || (bank_is_full(bank) && lay(table, number) < 0))
+    if (slot >= SLOTS_MAX)
         return -1;
+    if (bank_is_full(bank) && (!table->has_grown || bank_cannot_wait(bank))) {
+        if (lay(table, number) < 0)
+            return -1;
+        table->has_grown = 1;
+    }
     uint32_t mine = find_mine(table, bank, node, hash, &row, &end);
     if (mine == NONE && (table->entries >= table->entries_max || (row == end && table->keys >= table->keys_max)))
         return -1;
-    if (*place == NONE || *epoch != generation >> 32) {
-        *epoch = (uint32_t)(generation >> 32);
+    if (*place == NONE || *epoch != generation >> EPOCH_SHIFT) {
+        *epoch = generation >> EPOCH_SHIFT;
         *place = place_for(table, node, blocks, *epoch);
     }
     if (*place == NONE)
@@ -271,7 +281,7 @@ static int add_one(Table *table, uint32_t node, const Blocks *blocks, size_t i, 
     }
     if (!blocks->expires && table->any_ends)
         endings_take(&table->endings[number], ending_id(hash, node));
-    Entry made = make_entry(hash, *place, slot, (uint32_t)generation);
+    Entry made = make_entry(hash, *place, slot, generation);
     table->keys += row == end;
     put(table, number, row, mine, &made);
     return 0;
@@ -280,10 +290,12 @@ static int add_one(Table *table, uint32_t node, const Blocks *blocks, size_t i, 
 size_t table_add(Table *table, uint32_t node, const Blocks *blocks)
 {
     size_t refused = 0;
-    uint32_t epoch = 0, place = NONE;
+    uint64_t epoch = 0;
+    uint32_t place = NONE;
     table->any_ends |= blocks->expires != 0;
+    table->has_grown = 0;
     for (size_t i = 0; i < blocks->count; i++) {
-        look_ahead(table, blocks->hashes, i, blocks->count);
+        look_ahead(table, blocks->hashes, i, blocks->count, AHEAD_CHANGED);
         refused += add_one(table, node, blocks, i, &epoch, &place) < 0;
     }
     settle(table);
@@ -304,14 +316,14 @@ static void remove_one(Table *table, uint32_t node, uint64_t hash)
     bank->count--;
     table->entries--;
     table->keys -= row + 1 == end;
-    if (bank_is_sparse(bank))
+    if (bank_is_sparse(&table->banks, number))
         lay(table, number); /* without memory for it, it stays as it is */
 }
 
 void table_remove(Table *table, uint32_t node, const uint64_t *hashes, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
-        look_ahead(table, hashes, i, count);
+        look_ahead(table, hashes, i, count, AHEAD_CHANGED);
         remove_one(table, node, hashes[i]);
     }
 }

@@ -1,6 +1,6 @@
 /* Memberships, the places that they have in common, and the nodes that these are of.
  *
- *     Entry -- place --> Place (node, region, length, high half of the generation) -- node --> Node (what it holds, by part)
+ *     Entry -- place --> Place (node, region, length, high end of the generation) -- node --> Node (what it holds, by part)
  *
  * What is dropped dies at once: a place has a bit for each part, and an entry whose part's bit is set is not told, nor counted.
  * Its row is taken back when its bank is laid out anew, or by table_sweep. A place whose bits are not all zero takes no more
@@ -19,7 +19,8 @@
 
 typedef struct {
     int64_t region, length;
-    uint32_t node, epoch; /* epoch: the high half of its generations */
+    uint64_t epoch; /* the high end of its generations */
+    uint32_t node;
     uint32_t entries;     /* rows that name it, dead ones too; 0: the number is free */
     uint32_t next;        /* place of this node, or free one; NONE: the last */
 } Place;
@@ -44,6 +45,7 @@ typedef struct {
     uint64_t keys_max, entries_max, keys, entries, dead_entries; /* keys and entries: with those that are dead */
     uint64_t version; /* of places, for who keeps something by their numbers */
     int any_dead;     /* places have bits set */
+    int has_grown;    /* in this call, a bank: others wait for another one, if they can */
     int any_ends;     /* a block that ends was added once */
     uint32_t swept;   /* bank that table_sweep looks at next */
     Entry *kept;      /* room for laying out a bank */
@@ -110,7 +112,7 @@ static inline uint64_t mix(uint64_t value)
 /* As `kvshare.fingerprints.digest`. */
 static inline uint64_t digest_of(const Place *place, const Entry *entry, uint64_t hash)
 {
-    uint64_t generation = (uint64_t)place->epoch << 32 | half_of(entry);
+    uint64_t generation = place->epoch << EPOCH_SHIFT | low_of(entry);
     return mix(hash + slot_of(entry) * 0x9FB21C651E98DF25ULL + generation * 0xC2B2AE3D27D4EB4FULL +
                (uint64_t)place->region * 0x165667B19E3779F9ULL);
 }
@@ -120,17 +122,16 @@ static inline uint64_t ending_id(uint64_t hash, uint32_t node)
     return mix(hash + node);
 }
 
-/* Bring the rows of a key further on into the cache while those of this one are read. More at a time than the processor can
- * wait for would hold it up. */
-#define AHEAD 14
+/* Bring the rows of a key further on into the cache while those of this one are read: for questions into the second cache, for
+ * changes, which need the lines to write to, into the first, and fewer at a time. */
+#define AHEAD_ASKED 24
+#define AHEAD_CHANGED 16
 
-PREFETCHING void look_ahead(const Table *table, const uint64_t *hashes, size_t i, size_t count)
+PREFETCHING void look_ahead(const Table *table, const uint64_t *hashes, size_t i, size_t count, size_t ahead)
 {
-    if (i == 0)
-        for (size_t j = 0; j < AHEAD && j < count; j++)
-            bank_prefetch(&table->banks.all[bank_number(hashes[j])], hashes[j]);
-    if (i + AHEAD < count)
-        bank_prefetch(&table->banks.all[bank_number(hashes[i + AHEAD])], hashes[i + AHEAD]);
+    size_t end = i + ahead < count ? i + ahead + 1 : count;
+    for (size_t j = i == 0 ? 0 : i + ahead; j < end; j++)
+        bank_prefetch(&table->banks.all[bank_number(hashes[j])], hashes[j], ahead == AHEAD_CHANGED);
 }
 
 #endif

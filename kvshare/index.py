@@ -21,7 +21,7 @@ SLOTS_MAX = 1 << 28  # of a region: blocks in later ones are refused
 RANK_NEVER = 255  # in ``ranks``: not to be told
 NODES_MAX = 65_535
 NUMBER_MAX, EXPIRES_MAX = (1 << 63) - 1, (1 << 32) - 1  # of regions and lengths; of seconds since 2020
-SWEEP_BANKS = 16  # of 4,096 that memory is divided into: with 100 million locations about a millisecond
+SWEEP_BANKS = 1  # of 256 that memory is divided into: with 100 million locations a few milliseconds
 
 __all__ = [
     "ALL_PARTS",
@@ -101,8 +101,8 @@ class Index(Protocol):
 
 
 class CompactIndex:
-    """An `Index` of at most ``keys_max`` keys and twice as many locations, in tables of 20 to 24 bytes a location (where there
-    are millions) that `kvshare._index` keeps. ``seed``: `index_seed`.
+    """An `Index` of at most ``keys_max`` keys and twice as many locations, in tables of 23.5 bytes a location (where there are
+    millions) that `kvshare._index` keeps. ``seed``: `index_seed`.
 
     What has no room is refused: besides keys and locations that are too many, slots from `SLOTS_MAX` on, a node's places beyond
     1,024, and all that have numbers too large for a column.
