@@ -77,18 +77,15 @@ class Run(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 class Seen(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """A chain that an engine looked up, or what of it belongs to one shard of the directory.
 
-    keys: in order of the chain. depths: uint32 each, the place of each in its chain, from 0. parents: the hash of the block
-    before each, one behind the other (zeros for the head); empty where the keys are a whole chain from its head.
+    keys: in order of the chain. depths: uint32 each, the place of each in its chain, from 0; empty where the keys are a whole
+    chain from its head.
     """
 
     keys: Keys
     depths: bytes = b""
-    parents: bytes = b""
 
     def well_formed(self) -> bool:
-        if not self.keys.well_formed() or bool(self.depths) != bool(self.parents):
-            return False
-        return not self.depths or (len(self.depths), len(self.parents)) == (4 * len(self.keys), len(self.keys.hashes))
+        return self.keys.well_formed() and len(self.depths) in (0, 4 * len(self.keys))
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):

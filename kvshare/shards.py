@@ -265,11 +265,9 @@ class Shards:
 
 def _seen_of(keys: Keys, positions: npt.NDArray[np.intp]) -> Seen:
     """What a shard is told of a chain of which it has the keys at these positions."""
-    size = keys.hash_bytes
-    hashes = np.frombuffer(keys.hashes, np.uint8).reshape(-1, size)
-    before = np.concatenate([np.zeros((1, size), np.uint8), hashes[:-1]])
-    own = Keys(keys.prefix, size, hashes[positions].tobytes())
-    return Seen(own, positions.astype(COLUMN_SLOT).tobytes(), before[positions].tobytes())
+    hashes = np.frombuffer(keys.hashes, np.uint8).reshape(-1, keys.hash_bytes)
+    own = Keys(keys.prefix, keys.hash_bytes, hashes[positions].tobytes())
+    return Seen(own, positions.astype(COLUMN_SLOT).tobytes())
 
 
 def _leave_messages(ask: int, seconds: float, keys: Sequence[bytes]) -> Iterator[Leave]:

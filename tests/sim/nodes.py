@@ -122,15 +122,13 @@ class Node:
 
     def _looked(self, keys: list[bytes]) -> None:
         shards = self._shards_of(keys)
-        hashes = [next(iter(keys_of([key]))).hashes for key in keys]
         for link in self.links:
             depths = [depth for depth, key in enumerate(keys) if shards[key] == link.shard.number]
             if len(depths) == len(keys):
                 link.outbox.looked(Seen(keys_of(keys)[0]))
             elif depths:
-                parents = b"".join(hashes[depth - 1] if depth else bytes(len(hashes[0])) for depth in depths)
                 columns = b"".join(depth.to_bytes(4, "little") for depth in depths)
-                link.outbox.looked(Seen(keys_of(keys[depth] for depth in depths)[0], columns, parents))
+                link.outbox.looked(Seen(keys_of(keys[depth] for depth in depths)[0], columns))
             link.pump()
 
     def shard_of(self, key: bytes) -> int:

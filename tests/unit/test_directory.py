@@ -338,7 +338,7 @@ def test_a_stranger_that_breaks_the_protocol_is_closed(play: Play, message: Mess
         (Beat(1, bytes(8)), "digests of 8 bytes"),
         (Find(1, [Keys(b"short", 8, bytes(8))]), "length"),
         (Leave(1, 1.0, [Keys(bytes(keys.PREFIX_BYTES), 33, bytes(33))], False), "length"),
-        (Report([msgspec.structs.replace(seen("x"), depths=bytes(4))]), "malformed"),
+        (Report([msgspec.structs.replace(seen("x"), depths=bytes(3))]), "malformed"),
         (Report([Seen(Keys(bytes(keys.PREFIX_BYTES), 0, b""))]), "malformed"),
         (Welcome(1, [], []), "no message to a directory"),
     ],

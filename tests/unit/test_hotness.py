@@ -33,7 +33,7 @@ def chain(
 
 def seen(chain: Sequence[bytes], depths: Sequence[int] = ()) -> Seen:
     (packed,) = keys_of(chain)
-    return Seen(packed, np.array(depths, "<u4").tobytes(), bytes(len(packed.hashes)) if depths else b"")
+    return Seen(packed, np.array(depths, "<u4").tobytes() if depths else b"")
 
 
 def ranking(hotness: Hotness, family: bytes = FAMILY, keys_max: int = 1000) -> list[bytes]:

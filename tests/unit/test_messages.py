@@ -54,7 +54,7 @@ EXAMPLES: dict[Any, Any] = {
     Keys: KEYS,
     Held: Held(2**63 + 1, 7),
     Run: Run(KEYS, 4096, 4000, 2**31, b"\x07\x00\x00\xff" * 2, b"\xfe\xff" * 8),
-    Seen: Seen(KEYS, b"\x01\x00\x00\xff" * 2, b"\x00\xff" * 4),
+    Seen: Seen(KEYS, b"\x01\x00\x00\xff" * 2),
     Places: Places([Place("a", 4096, 4000)] * 2, b"\x01\x02", b"\x01\x00" * 3, b"\xff" * 12, b"\xfe" * 24, b"\x01" * 12),
     PurgeScope: PurgeScope(tenant="acme"),
     NodePurge: NodePurge("a", [TierPurge("arena", 3, 2**40)], ["said why"]),
