@@ -21,10 +21,9 @@ from common import arguments, report, summary
 from index_trace import run_of_blocks
 
 from kvshare import actors, wire
-from kvshare.cluster_messages import Find, Found, FromDirectory, Join, Publish, Resync
-from kvshare.index import ALL_PARTS
+from kvshare.cluster_messages import PURPOSE, Find, Found, FromDirectory, Join, Publish, Resync
+from kvshare.fingerprints import ALL_PARTS
 from kvshare.integrations.ray import cluster
-from kvshare.link import PURPOSE
 from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import NodeDescription, RegionDescription
 from kvshare.runs import Keys, Run, count_of, keys_of

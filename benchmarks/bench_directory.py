@@ -23,7 +23,7 @@ from kvshare.cluster_messages import AskPlan, Find, Join, Publish, Report, ToDir
 from kvshare.config import Settings
 from kvshare.directory import Directory
 from kvshare.directory_events import Connected, Heard, Send
-from kvshare.index import ALL_PARTS
+from kvshare.fingerprints import ALL_PARTS
 from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import NodeDescription, Stored
 from kvshare.runs import Seen, keys_of, runs_of

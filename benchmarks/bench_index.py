@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,19 +21,19 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from common import arguments, progress, report, summary
-from index_trace import BLOCK_BYTES, Prompt, keys_of_blocks, new_index, prompts, publishes, run_of_blocks, trace_path
+from common import arguments, progress, report, summary, trace_path
+from index_trace import BLOCK_BYTES, Prompt, keys_of_blocks, new_index, prompts, publishes, run_of_blocks
 
 from kvshare.cluster_messages import Join, Publish, ToDirectory
 from kvshare.config import Settings
 from kvshare.directory import Directory
 from kvshare.directory_events import Connected, Heard
-from kvshare.index import ALL_PARTS, CompactIndex
+from kvshare.fingerprints import ALL_PARTS
+from kvshare.index import CompactIndex
 from kvshare.messages import PROTOCOL_VERSION
 from kvshare.places import NodeDescription
 from kvshare.runs import Run
 
-SKIPPED = 77
 ROUNDS = 3
 PROMPT_BLOCKS = 8192  # 128k tokens
 ADD_BLOCKS = 512
@@ -185,11 +184,7 @@ def resident_bytes() -> int:
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    try:
-        trace_path()
-    except FileNotFoundError as reason:
-        print(reason, file=sys.stderr)
-        sys.exit(SKIPPED)
+    trace_path()  # before anything takes time
     scale = 10 if options.quick else 1
     figures: Figures = {}
     detail: dict[str, Any] = {"prompt_blocks": PROMPT_BLOCKS, "block_bytes": BLOCK_BYTES}

@@ -16,10 +16,9 @@ import time
 from typing import Any
 
 import numpy as np
-from common import arguments, progress, report, summary
-from index_trace import Prompt, keys_of_blocks, new_index, prompts, publishes, trace_path, words
+from common import SKIPPED, arguments, progress, report, summary
+from index_trace import Prompt, keys_of_blocks, new_index, prompts, publishes, words
 
-SKIPPED = 77
 ROUNDS = 3
 
 
@@ -76,9 +75,7 @@ def main() -> None:
     options = arguments(__doc__ or "")
     try:
         from dynamo.llm import RadixTree
-
-        trace_path()
-    except (ImportError, FileNotFoundError) as reason:
+    except ImportError as reason:
         print(reason, file=sys.stderr)
         sys.exit(SKIPPED)
     of = prompts(1200 if options.quick else None)

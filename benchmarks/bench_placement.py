@@ -23,8 +23,6 @@ import argparse
 import heapq
 import json
 import math
-import os
-import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -33,14 +31,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from common import progress, report
+from common import progress, report, trace_path
 
 from kvshare.eviction import HITS_MAX, S3Fifo
 from kvshare.placement import Admission
 
-ROOT = Path(__file__).resolve().parents[1]
-BESIDE = ROOT.parent / "shared" / "data" / "mooncake" / "conversation_trace.jsonl"
-SKIPPED = 77
 BLOCK_TOKENS = 512
 BATCH_BLOCKS = 16  # of a save
 PERCENTS = (1, 2, 5, 10, 20, 50)
@@ -152,13 +147,8 @@ POLICIES: dict[str, Callable[[], Cache]] = {
 
 
 def load() -> list[Prompt]:
-    """Exits with 77 where there is no trace."""
-    path = Path(os.environ.get("KVSHARE_TRACE") or BESIDE)
-    if not path.is_file():
-        print("no trace: let KVSHARE_TRACE name Mooncake's conversation_trace.jsonl", file=sys.stderr)
-        sys.exit(SKIPPED)
     prompts = []
-    for line in path.read_text().splitlines():
+    for line in trace_path().read_text().splitlines():
         entry = json.loads(line)
         full = entry["hash_ids"][: entry["input_length"] // BLOCK_TOKENS]
         prompts.append(Prompt(entry["timestamp"] / 1000, [number.to_bytes(8, "big") for number in full]))

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import random
 import sys
 import time
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import progress, report
+from common import progress, report, trace_path
 from routed_fleet import BLOCK_TOKENS, Fleet, Machine, Request
 
 from kvshare import index as directory_index
@@ -47,9 +46,6 @@ from kvshare.places import HOST
 from kvshare.routing import Choice, Costs, Replica, Router
 from kvshare.runs import Keys, Run
 
-ROOT = Path(__file__).resolve().parents[1]
-BESIDE = ROOT.parent / "shared" / "data" / "mooncake" / "conversation_trace.jsonl"
-SKIPPED = 77
 ENGINES = 8
 LOADS = (0.6, 0.9, 1.2)
 SEED = 5
@@ -164,13 +160,8 @@ def policies(machine: Machine) -> dict[str, Callable[[], Any]]:
 
 
 def load() -> list[Request]:
-    """Exits with 77 where there is no trace."""
-    path = Path(os.environ.get("KVSHARE_TRACE") or BESIDE)
-    if not path.is_file():
-        print("no trace: let KVSHARE_TRACE name Mooncake's conversation_trace.jsonl", file=sys.stderr)
-        sys.exit(SKIPPED)
     requests = []
-    for number, line in enumerate(path.read_text().splitlines()):
+    for number, line in enumerate(trace_path().read_text().splitlines()):
         entry = json.loads(line)
         tokens = entry["input_length"]
         full = tuple(entry["hash_ids"][: tokens // BLOCK_TOKENS])

@@ -40,6 +40,8 @@ TOKENS = 4000  # of a prompt: 31 full blocks and 32 tokens that every way must c
 BLOCK_TOKENS = 128  # vLLM's own choice on a CPU
 BLOCKS = TOKENS // BLOCK_TOKENS
 VOCABULARY = 32000
+SKIPPED = 77  # exit code: cannot be measured here, the last line on stderr says why
+TRACE = HERE.parents[1] / "shared" / "data" / "mooncake" / "conversation_trace.jsonl"  # unless KVSHARE_TRACE says where
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -48,6 +50,15 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--quick", action="store_true", help="few repetitions, for development: the figures are rough")
     return parser.parse_args()
+
+
+def trace_path() -> Path:
+    """Of the Mooncake conversation trace. Exits with `SKIPPED` where there is none."""
+    path = Path(os.environ.get("KVSHARE_TRACE") or TRACE)
+    if not path.is_file():
+        print("no trace: let KVSHARE_TRACE name Mooncake's conversation_trace.jsonl", file=sys.stderr)
+        sys.exit(SKIPPED)
+    return path
 
 
 def report(figures: dict[str, tuple[float, str]], detail: dict[str, Any], path: Path | None) -> None:

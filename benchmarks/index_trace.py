@@ -3,25 +3,22 @@
 Each hash id of the trace stands for 512 tokens: 32 blocks here, with hashes made from the id and the place in it. Prompts go to
 the workers in turn; a worker publishes what it hasn't published before, one run per prompt. Everything is columns of bytes, as
 it comes off the wire, before any clock runs.
-
-The trace is looked for where the variable KVSHARE_TRACE says, else beside the repository.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from common import trace_path
 
-from kvshare.index import CompactIndex, index_seed
+from kvshare.fingerprints import index_seed
+from kvshare.index import CompactIndex
 from kvshare.keys import PREFIX_BYTES
 from kvshare.runs import Keys, Run
 
-BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "mooncake" / "conversation_trace.jsonl"
 BLOCKS_PER_ID = 32
 WORKERS = 8
 PREFIX = bytes(range(PREFIX_BYTES))
@@ -38,14 +35,6 @@ class Prompt:
     worker: int
     blocks: U64
     known: int
-
-
-def trace_path() -> Path:
-    """Raises FileNotFoundError."""
-    path = Path(os.environ.get("KVSHARE_TRACE", BESIDE))
-    if not path.exists():
-        raise FileNotFoundError(f"no trace at {path}: set KVSHARE_TRACE to conversation_trace.jsonl of Mooncake")
-    return path
 
 
 def prompts(count: int | None = None) -> list[Prompt]:

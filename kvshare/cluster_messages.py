@@ -15,6 +15,8 @@ from kvshare.places import GroupPlan, NodeDescription, WarmItem
 from kvshare.purge import NodePurge, PurgeScope
 from kvshare.runs import Keys, Places, Run, Seen
 
+PURPOSE = "directory"  # said when a connection to it is made (`kvshare.wire`)
+
 # --- node -> directory ----------------------------------------------------------------------------------------------
 
 

@@ -10,8 +10,8 @@
                  Heard(Declare, AskDirectory, AskNamespaces) ──> an answer; AskDepths ──> Depths (`kvshare.overlap`)
     Disconnected, Lost, Tick past the heartbeat ──> its inventory is forgotten, NodeLost to the others
 
-A cluster has one of these, or several: shards, each complete for the keys that belong to it (`kvshare.index.shard_of`), each
-with all nodes. What concerns the cluster as a whole, purges and namespaces, is the affair of shard 0, the head.
+A cluster has one of these, or several: shards, each complete for the keys that belong to it (`kvshare.fingerprints.shard_of`),
+each with all nodes. What concerns the cluster as a whole, purges and namespaces, is the affair of shard 0.
 
 Nothing here is kept anywhere else: a directory that starts anew is filled by its nodes within a publish of each. A stale
 entry costs a reader one failed validation, so the directory may be late but must not be wrong for long: inventories follow
@@ -58,9 +58,10 @@ from kvshare.cluster_messages import (
 from kvshare.config import Settings
 from kvshare.directory_events import Broadcast, Close, Command, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
 from kvshare.finding import Finder
+from kvshare.fingerprints import ALL_PARTS, index_seed
 from kvshare.gate import TenantRegions
 from kvshare.hotness import Hotness
-from kvshare.index import ALL_PARTS, CompactIndex, Index, index_seed
+from kvshare.index import CompactIndex, Index
 from kvshare.inventories import Inventories
 from kvshare.keys import Namespace
 from kvshare.leaving import Leavings, Taker

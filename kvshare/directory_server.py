@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 
 from kvshare import wire
-from kvshare.cluster_messages import DirectoryStatus, ToDirectory
+from kvshare.cluster_messages import PURPOSE, DirectoryStatus, ToDirectory
 from kvshare.config import Settings
 from kvshare.directory import Directory
 from kvshare.directory_events import Broadcast, Close, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
@@ -33,7 +33,6 @@ from kvshare.tenants import Tenants
 
 log = logging.getLogger("kvshare")
 
-PURPOSE = "directory"
 CONNECTIONS_MAX = 8192
 RECEIVE_BUFFER_BYTES = 1 << 20
 START_SECONDS = 30.0

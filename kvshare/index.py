@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare import _index
-from kvshare.fingerprints import ALL_PARTS, PARTS, digest, digests_of, hashes_of, index_seed, part_of, shard_of
+from kvshare.fingerprints import ALL_PARTS, PARTS, hashes_of
 from kvshare.places import Location
 from kvshare.runs import Keys, Place, Places, Run, count_of, keys_of
 
@@ -22,22 +22,6 @@ RANK_NEVER = 255  # in ``ranks``: not to be told
 NODES_MAX = 65_535
 NUMBER_MAX, EXPIRES_MAX = (1 << 63) - 1, (1 << 32) - 1  # of regions and lengths; of seconds since 2020
 SWEEP_BANKS = 1  # of 256 that memory is divided into: with 100 million locations a few milliseconds
-
-__all__ = [
-    "ALL_PARTS",
-    "LOCATIONS_PER_KEY",
-    "PARTS",
-    "RANK_NEVER",
-    "SLOTS_MAX",
-    "CompactIndex",
-    "Index",
-    "digest",
-    "digests_of",
-    "hashes_of",
-    "index_seed",
-    "part_of",
-    "shard_of",
-]
 
 
 class Index(Protocol):
@@ -202,8 +186,9 @@ class CompactIndex:
         found = self._table.find(hashes_of(keys, self._seed), ranks, locations_max)
         counts, place, slots, generations, expires, numbers = found
         known = self.places()
-        told = [common for number in np.frombuffer(numbers, np.uint32).tolist() if (common := known[number]) is not None]
-        return Places(told, counts, place, slots, generations, expires)
+        told = [known[number] for number in np.frombuffer(numbers, np.uint32).tolist()]
+        assert all(told), "a location has a place"
+        return Places([place for place in told if place], counts, place, slots, generations, expires)
 
     def held(self, keys: Sequence[Keys]) -> int:
         return self._table.held(hashes_of(keys, self._seed))

@@ -32,7 +32,8 @@ import numpy as np
 
 from kvshare.cluster_messages import Beat, Publish, Resync
 from kvshare.directory_events import Command, Send, Tell
-from kvshare.index import ALL_PARTS, LOCATIONS_PER_KEY, PARTS, Index
+from kvshare.fingerprints import ALL_PARTS, PARTS
+from kvshare.index import LOCATIONS_PER_KEY, Index
 from kvshare.members import Misbehaved, Peer, require_keys
 
 INVENTORIES_MAX = 4  # that are told at one time

@@ -28,6 +28,7 @@ import msgspec
 
 from kvshare import wire
 from kvshare.cluster_messages import (
+    PURPOSE,
     Declared,
     Erase,
     Find,
@@ -56,7 +57,6 @@ from kvshare.runs import NOWHERE, Keys, Places, Seen
 
 log = logging.getLogger("kvshare")
 
-PURPOSE = "directory"
 CONNECT_SECONDS = 5.0
 PAUSE_SECONDS = (0.2, 2.0)  # between attempts, at most: at first, later. How much of it is random: nodes come back one by one
 PAUSE_SHARE_MIN = 0.1

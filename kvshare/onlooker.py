@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from kvshare import wire
-from kvshare.cluster_messages import AskDepths, AskNamespaces, Depths, FromDirectory, Namespaces
+from kvshare.cluster_messages import PURPOSE, AskDepths, AskNamespaces, Depths, FromDirectory, Namespaces
 from kvshare.config import Settings
 from kvshare.errors import Unavailable
 from kvshare.fingerprints import index_seed, shard_of
@@ -36,7 +36,6 @@ log = logging.getLogger("kvshare")
 
 Answer = TypeVar("Answer")
 
-PURPOSE = "directory"
 CONNECT_SECONDS = 5.0
 PAUSE_SECONDS = (0.1, 2.0)  # between attempts: first, longest
 KEYS_MAX = 256  # of a question: of a longer chain some, evenly spread; how far it is held need not be known better

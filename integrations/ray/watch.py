@@ -20,6 +20,7 @@ import ray
 
 from kvshare import actors
 from kvshare.config import Settings
+from kvshare.integrations.ray.cluster import OWN
 from kvshare.keys import Namespace
 from kvshare.onlooker import Onlooker
 from kvshare.overlap import Held
@@ -30,7 +31,6 @@ log = logging.getLogger("kvshare")
 ANSWER_SECONDS = 5.0
 PAUSE_SECONDS = 1.0  # between attempts to find the cluster
 SPACE_SECONDS = 10.0  # after which a namespace is asked for again: engines come and go
-OWN = ("node_name", "bind", "directory")  # settings that are not those of a client
 
 
 class Watch:

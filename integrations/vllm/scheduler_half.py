@@ -193,7 +193,7 @@ class SchedulerHalf:
         if planned:
             self._planned = []
             overwritten += [block_id for load in planned for block_id in load.block_ids]
-        if self._live is not None and overwritten:
+        if self._live is not None:
             self._live.begin(overwritten)
         if self._may_save:
             if self._postponed:

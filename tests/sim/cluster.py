@@ -23,8 +23,7 @@ from unittest.mock import patch
 
 from kvshare import outbox
 from kvshare.config import Settings
-from kvshare.fingerprints import digests_of
-from kvshare.index import index_seed
+from kvshare.fingerprints import digests_of, index_seed
 from kvshare.places import DEVICE, HOST
 from kvshare.runs import keys_of, runs_of
 from tests.sim import faults

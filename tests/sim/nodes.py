@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvshare.cluster_messages import AskPlan, Erase, Erased, Find, Found, Leave, Plan, Take, Taken
-from kvshare.index import CompactIndex, index_seed, shard_of
+from kvshare.fingerprints import index_seed, shard_of
+from kvshare.index import CompactIndex
 from kvshare.keys import NO_TENANT
 from kvshare.messages import Message
 from kvshare.places import DEVICE, HOST, Location, NodeDescription, RegionDescription, Stored, WarmItem

@@ -18,7 +18,8 @@ from kvshare.cluster_messages import AskPlan, Find, Found, Plan, Publish, Take, 
 from kvshare.directory import Directory
 from kvshare.directory_events import Broadcast, Close, Connected, Disconnected, Event, Heard, Lost, Send, Tell, Tick
 from kvshare.finding import FOUND_LOCATIONS_MAX
-from kvshare.index import CompactIndex, index_seed
+from kvshare.fingerprints import index_seed
+from kvshare.index import CompactIndex
 from kvshare.messages import Message
 from kvshare.runs import count_of, keys_of
 from tests.sim.network import NODE, SHARD, Connection

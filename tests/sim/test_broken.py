@@ -14,7 +14,7 @@ import pytest
 
 from kvshare.cluster_messages import AskPlan, Beat, Find, NodeLost, Publish, Resync
 from kvshare.directory_events import Broadcast, Command, Event, Heard, Send, Tick
-from kvshare.index import ALL_PARTS
+from kvshare.fingerprints import ALL_PARTS
 from kvshare.messages import Message
 from kvshare.outbox import Outbox
 from kvshare.places import Stored

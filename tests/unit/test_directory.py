@@ -37,7 +37,7 @@ from kvshare.config import Settings
 from kvshare.directory import Directory
 from kvshare.directory_events import Broadcast, Close, Command, Connected, Disconnected, Heard, Lost, Send, Tell, Tick
 from kvshare.finding import FIND_KEYS_MAX
-from kvshare.index import ALL_PARTS
+from kvshare.fingerprints import ALL_PARTS
 from kvshare.keys import Namespace
 from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import DISK, GroupPlan, Location, NodeDescription, RegionDescription, Stored

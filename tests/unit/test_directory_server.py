@@ -29,7 +29,7 @@ from kvshare.cluster_messages import (
 from kvshare.config import Settings
 from kvshare.directory_server import DirectoryServer
 from kvshare.errors import AuthenticationError, ConfigError, ProtocolError, Unavailable
-from kvshare.index import ALL_PARTS
+from kvshare.fingerprints import ALL_PARTS
 from kvshare.inventories import INVENTORIES_MAX
 from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import NodeDescription, Stored

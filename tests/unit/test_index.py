@@ -12,18 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvshare.index import (
-    ALL_PARTS,
-    PARTS,
-    RANK_NEVER,
-    SLOTS_MAX,
-    CompactIndex,
-    digests_of,
-    hashes_of,
-    index_seed,
-    part_of,
-    shard_of,
-)
+from kvshare.fingerprints import ALL_PARTS, PARTS, digests_of, hashes_of, index_seed, part_of, shard_of
+from kvshare.index import RANK_NEVER, SLOTS_MAX, CompactIndex
 from kvshare.index_reference import ReferenceIndex
 from kvshare.places import Location, Stored
 from kvshare.runs import Keys, Run, keys_of, runs_of

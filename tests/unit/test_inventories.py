@@ -12,8 +12,8 @@ import pytest
 from kvshare import keys
 from kvshare.cluster_messages import Beat, Publish, Resync
 from kvshare.directory_events import Command, Send, Tell
-from kvshare.fingerprints import digests_of, hashes_of, part_of
-from kvshare.index import ALL_PARTS, PARTS, CompactIndex
+from kvshare.fingerprints import ALL_PARTS, PARTS, digests_of, hashes_of, part_of
+from kvshare.index import CompactIndex
 from kvshare.inventories import (
     GAP_SECONDS,
     INVENTORIES_MAX,

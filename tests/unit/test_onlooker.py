@@ -19,7 +19,7 @@ from kvshare import wire
 from kvshare.cluster_messages import Declare, FromDirectory, Join, Publish
 from kvshare.config import Settings
 from kvshare.directory_server import DirectoryServer
-from kvshare.index import ALL_PARTS, index_seed, shard_of
+from kvshare.fingerprints import ALL_PARTS, index_seed, shard_of
 from kvshare.keys import Namespace, prefix
 from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.onlooker import KEYS_MAX, Onlooker

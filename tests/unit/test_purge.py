@@ -13,8 +13,8 @@ from kvshare.cluster_messages import AskPurge, Declare, Erase, Erased, Find, Fou
 from kvshare.config import Settings
 from kvshare.directory import Directory
 from kvshare.directory_events import Broadcast, Close, Command, Connected, Disconnected, Heard, Send, Tick
+from kvshare.fingerprints import ALL_PARTS
 from kvshare.gate import Gate
-from kvshare.index import ALL_PARTS
 from kvshare.keys import Namespace
 from kvshare.messages import PROTOCOL_VERSION, Message
 from kvshare.places import DEVICE, NodeDescription, RegionDescription, Stored
