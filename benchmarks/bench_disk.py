@@ -40,9 +40,8 @@ from kvshare.vault import Vault
 
 HERE = Path(__file__).resolve().parent
 SIZE = 512 << 20
-BATCH_BYTES = DISK_BATCH_BYTES
+BATCH_BYTES = {"write": DISK_BATCH_BYTES, "read": promotion.BATCH_BYTES}
 THREADS = Settings().disk_threads
-assert BATCH_BYTES == promotion.BATCH_BYTES  # one size for both ways
 SLOT_SIZES = {"2 MiB": 2 << 20, "256 KiB": 256 << 10, "64 KiB": 64 << 10}
 REPORTED_ONLY = "64 KiB"
 SCAN_SLOTS, SCAN_SLOT_BYTES = 1_000_000, 64 << 10
@@ -82,14 +81,14 @@ class Plain:
         self._pool = ThreadPoolExecutor(THREADS)
 
     def run(self, write: bool, threads: int) -> None:
-        call = os.pwritev if write else os.preadv
         # Each thread its own batches, as ours has them.
-        list(self._pool.map(lambda first: self._part(call, first, threads), range(threads)))
+        list(self._pool.map(lambda first: self._part(write, first, threads), range(threads)))
 
-    def _part(self, call: Callable[..., int], first: int, threads: int) -> None:
-        for at in range(first * BATCH_BYTES, SIZE, threads * BATCH_BYTES):
-            view = native.view(self._memory.address + at, BATCH_BYTES, writable=True)
-            if call(self._fd, [view], at) != BATCH_BYTES:
+    def _part(self, write: bool, first: int, threads: int) -> None:
+        call, size = os.pwritev if write else os.preadv, BATCH_BYTES["write" if write else "read"]
+        for at in range(first * size, SIZE, threads * size):
+            view = native.view(self._memory.address + at, size, writable=True)
+            if call(self._fd, [view], at) != size:
                 raise SystemExit("the file system moved only a part of a batch")
 
     def close(self) -> None:
@@ -113,13 +112,13 @@ class Ours:
         seeds = np.array(keys.seeds_of(self._keys), np.uint64)
         self._checksums = native.checksums(addresses, np.full_like(addresses, slot_bytes), seeds).tolist()
         self._generations = [0] * count
-        step = max(1, BATCH_BYTES // slot_bytes)
-        self._batches = [range(at, min(at + step, count)) for at in range(0, count, step)]
+        steps = {way: max(1, size // slot_bytes) for way, size in BATCH_BYTES.items()}
+        self._batches = {way: [range(at, min(at + step, count)) for at in range(0, count, step)] for way, step in steps.items()}
         self._pool = ThreadPoolExecutor(THREADS)
 
     def write(self) -> None:
         under_way: deque[tuple[range, list[int], Future[list[bool]]]] = deque()
-        for batch in self._batches:
+        for batch in self._batches["write"]:
             odd = [self.region.begin(slot) for slot in batch]
             under_way.append((batch, odd, self._pool.submit(self._write, batch)))
             if len(under_way) > THREADS:
@@ -140,7 +139,7 @@ class Ours:
         return self.region.write(batch, self._keys[part], lengths, self._checksums[part], self._addresses[part], never)
 
     def read(self) -> None:
-        for statuses in self._pool.map(self._read, self._batches):
+        for statuses in self._pool.map(self._read, self._batches["read"]):
             if statuses.any():
                 raise SystemExit(f"a block was not read: {statuses}")
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvshare")
 
-BATCH_BYTES = 8 << 20  # large enough for a disk's full rate, small enough that the first blocks are here soon
+BATCH_BYTES = 4 << 20  # large enough for a disk's full rate, small enough that the first blocks are here soon
 OWNER = -2  # of our reservations in the arena; -1 is `kvshare.warm`'s, sessions have numbers from 1
 ARENA_SHARE = 2  # a chain may take one in so many bytes of the arena: its tail must not push out its head
 
